@@ -1,4 +1,4 @@
-"""The two operators of PAMM: their contracts (schema) and the algorithm in plain PyTorch (reference)."""
+"""The two operators of PAMM: contracts (schema), plain PyTorch (reference), use (compression)."""
 
 from pamm_compile.ops.schema import assign, contract, index_dtype
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ _MASK = 0x7FFFFFFF
 _FRACTION_BITS = 24
 _PROBED_ROWS = 64
 _PROBED_COLUMNS = 4
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS = {2: torch.int16, 4: torch.int32}
 
 
 class Compressed(NamedTuple):
@@ -30,7 +30,7 @@ class Compressed(NamedTuple):
 
     generators: Tensor
     """C, [k, n], dtype of X."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     """f, [b], the generator of every token."""
     scale: Tensor
     """α with the gate ε and the correction β folded in, [b], dtype of X."""
@@ -77,7 +77,9 @@ def content_seed(x: Tensor, salt: int) -> Tensor:
     X draws the same rows, and a resumed run needs no further state. Activations change from step
     to step, and with them the draw.
 
-    Equivalent to: a 31-bit hash of up to 64 × 4 entries spread over the rows of `x`, and of `salt`.
+    Equivalent to: a 31-bit hash of `salt` and of 64 × 4 entries, `x[rows[:, None], columns]` with
+    `rows = arange(64) * b // 64` and `columns = arange(4) * n // 4` (repeated where x is smaller).
+    A change anywhere else leaves the draw as it was.
 
     Args:
         x: [b, n], floating point.
@@ -86,11 +88,14 @@ def content_seed(x: Tensor, salt: int) -> Tensor:
     Returns:
         0-dimensional int64 tensor in [0, 2³¹).
     """
-    probe = torch.arange(_PROBED_ROWS, device=x.device)
-    rows = probe * x.shape[0] // _PROBED_ROWS
-    entries = x[:, :_PROBED_COLUMNS][rows]
-    bits = entries.contiguous().view(_BITS[x.element_size()]).long() & _MASK
-    place = probe[:, None] * _PROBED_COLUMNS + torch.arange(bits.shape[1], device=x.device)
+    probe = torch.arange(_PROBED_ROWS, device=x.device)[:, None]
+    column = torch.arange(_PROBED_COLUMNS, device=x.device)
+    entries = x[probe * x.shape[0] // _PROBED_ROWS, column * x.shape[1] // _PROBED_COLUMNS]
+    # The low bits of a float64 would do for a hash, but are all zero where values are round.
+    entries = entries.float() if x.dtype == torch.float64 else entries
+    # 32 bits, not 31: the sign counts, and the first step of _mix folds it down.
+    bits = entries.view(_BITS[entries.element_size()]).long() & 0xFFFFFFFF
+    place = probe * _PROBED_COLUMNS + column
     return _mix((_mix(bits ^ _mix(place + 1)).sum() + _mix(place.new_full((), salt))) & _MASK)
 
 
@@ -116,6 +121,8 @@ def sample_rows(
 
     Source: arXiv 2506.02939 Algorithm 1 for "uniform"; "stratified" is ours.
     """
+    # torch's stubs know no SymInt here.
+    tokens, k = cast(int, tokens), cast(int, k)
     if sampling == "uniform":
         keys = _mix((seed + 0x1E3779B9 * (torch.arange(tokens, device=seed.device) + 1)) & _MASK)
         return torch.topk(keys, k, sorted=False).indices
@@ -166,8 +173,8 @@ def compress(
     far = cosine.square() < 1 - epsilon**2
     is_generator = torch.zeros_like(far).index_put((rows,), far.new_ones(()))
     dropped = far & ~is_generator
-    kept = tokens - dropped.sum()
-    beta = torch.where(kept > 0, tokens / kept, 0.0)
+    # In the dtype of the cosine, so that float64 stays float64. Never 0: generators are kept.
+    beta = tokens / (tokens - dropped.sum()).to(cosine.dtype)
     return Compressed(generators, index, torch.where(dropped, 0.0, scale * beta).to(scale.dtype))
 
 
@@ -190,9 +197,9 @@ def weight_gradients(
     Source: arXiv 2506.02939 §3, Algorithm 2.
     """
     generators = compressed.generators
-    sums = schema.contract(
-        compressed.index, compressed.scale, list(grads), generators.shape[0]
-    ).to(generators.dtype)
+    sums = schema.contract(compressed.index, compressed.scale, list(grads), generators.shape[0]).to(
+        generators.dtype
+    )
     widths = [grad.shape[1] for grad in grads]
     if not any(transposed):
         # One matmul for all: the row blocks of its result are contiguous.

@@ -1,4 +1,4 @@
-"""PAMM in plain PyTorch: the kernels that run where no Triton template does, and the oracle of the tests.
+"""PAMM in plain PyTorch: the kernels that run where no Triton template does, and the tests' oracle.
 
 Both functions go over the tokens in tiles, so that the b×k score matrix never exists whole.
 """
@@ -93,9 +93,7 @@ def assign(
     return index, scale, cosine
 
 
-def contract(
-    index: Tensor, scale: Tensor, grads: Sequence[Tensor], num_generators: int
-) -> Tensor:
+def contract(index: Tensor, scale: Tensor, grads: Sequence[Tensor], num_generators: int) -> Tensor:
     """Sum the scaled output gradients of the tokens that share a generator.
 
     Equivalent to:

@@ -22,6 +22,7 @@ from pamm_compile.ops import reference
 
 _LIBRARY = torch.library.Library("pamm", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag,)
+_INDEX_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)
 
 _LIBRARY.define(
     "assign(Tensor x, Tensor generators, ScalarType index_dtype) -> (Tensor, Tensor, Tensor)",
@@ -31,14 +32,9 @@ _LIBRARY.define(
     "contract(Tensor index, Tensor scale, Tensor[] grads, SymInt num_generators) -> Tensor",
     tags=_TAGS,
 )
-_LIBRARY.impl("assign", reference.assign, "CompositeExplicitAutograd")
-_LIBRARY.impl("contract", reference.contract, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("pamm::assign", lib=_LIBRARY)
-def _assign_fake(
-    x: Tensor, generators: Tensor, index_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check_assign(x: Tensor, generators: Tensor, index_dtype: torch.dtype) -> None:
     torch._check(x.dim() == 2, lambda: f"pamm::assign: x must be [b, n], got {list(x.shape)}")
     torch._check(
         generators.dim() == 2 and generators.dtype == x.dtype,
@@ -49,22 +45,29 @@ def _assign_fake(
     )
     torch._check(
         generators.shape[1] == x.shape[1],
+        lambda: f"pamm::assign: generators have {generators.shape[1]} features, x has {x.shape[1]}",
+    )
+    torch._check(
+        index_dtype in _INDEX_DTYPES,
+        lambda: f"pamm::assign: index_dtype must be one of {_INDEX_DTYPES}, got {index_dtype}",
+    )
+
+
+def _check_contract(index: Tensor, scale: Tensor, grads: Sequence[Tensor]) -> None:
+    torch._check(
+        index.dim() == 1 and index.dtype in _INDEX_DTYPES,
         lambda: (
-            f"pamm::assign: generators have {generators.shape[1]} features, x has {x.shape[1]}"
+            f"pamm::contract: index must be [b] of one of {_INDEX_DTYPES}, "
+            f"got {list(index.shape)} of dtype {index.dtype}"
         ),
     )
-    rows = x.shape[0]
-    return (
-        x.new_empty(rows, dtype=index_dtype),
-        x.new_empty(rows),
-        x.new_empty(rows, dtype=reference.accumulation_dtype(x.dtype)),
+    torch._check(
+        scale.dim() == 1 and scale.shape[0] == index.shape[0],
+        lambda: (
+            f"pamm::contract: scale must be [b] as index is, got {list(scale.shape)} "
+            f"for {list(index.shape)}"
+        ),
     )
-
-
-@torch.library.register_fake("pamm::contract", lib=_LIBRARY)
-def _contract_fake(
-    index: Tensor, scale: Tensor, grads: Sequence[Tensor], num_generators: int
-) -> Tensor:
     torch._check(len(grads) > 0, lambda: "pamm::contract: grads must not be empty")
     for grad in grads:
         torch._check(
@@ -81,6 +84,44 @@ def _contract_fake(
                 f"index has {index.shape[0]}"
             ),
         )
+
+
+def _assign_kernel(
+    x: Tensor, generators: Tensor, index_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_assign(x, generators, index_dtype)
+    return reference.assign(x, generators, index_dtype)
+
+
+def _contract_kernel(
+    index: Tensor, scale: Tensor, grads: Sequence[Tensor], num_generators: int
+) -> Tensor:
+    _check_contract(index, scale, grads)
+    return reference.contract(index, scale, grads, num_generators)
+
+
+_LIBRARY.impl("assign", _assign_kernel, "CompositeExplicitAutograd")
+_LIBRARY.impl("contract", _contract_kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("pamm::assign", lib=_LIBRARY)
+def _assign_fake(
+    x: Tensor, generators: Tensor, index_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_assign(x, generators, index_dtype)
+    rows = x.shape[0]
+    return (
+        x.new_empty(rows, dtype=index_dtype),
+        x.new_empty(rows),
+        x.new_empty(rows, dtype=reference.accumulation_dtype(x.dtype)),
+    )
+
+
+@torch.library.register_fake("pamm::contract", lib=_LIBRARY)
+def _contract_fake(
+    index: Tensor, scale: Tensor, grads: Sequence[Tensor], num_generators: int
+) -> Tensor:
+    _check_contract(index, scale, grads)
     return grads[0].new_empty(
         (num_generators, sum(grad.shape[1] for grad in grads)),
         dtype=reference.accumulation_dtype(grads[0].dtype),
