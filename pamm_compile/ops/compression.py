@@ -19,6 +19,7 @@ from pamm_compile.ops import schema
 Sampling = Literal["stratified", "uniform"]
 
 _MASK = 0x7FFFFFFF
+_STRIDE = 0x1E3779B9
 _FRACTION_BITS = 24
 _PROBED_ROWS = 64
 _PROBED_COLUMNS = 4
@@ -99,6 +100,21 @@ def content_seed(x: Tensor, salt: int) -> Tensor:
     return _mix((_mix(bits ^ _mix(place + 1)).sum() + _mix(place.new_full((), salt))) & _MASK)
 
 
+def site_seed(seed: Tensor, number: int) -> Tensor:
+    """Return a seed of its own for one of several sites that share a content seed.
+
+    Equivalent to: a 31-bit hash of `seed` and `number`.
+
+    Args:
+        seed: 0-dimensional int64 tensor in [0, 2³¹).
+        number: which site.
+
+    Returns:
+        0-dimensional int64 tensor in [0, 2³¹).
+    """
+    return _mix((seed + _STRIDE * (number + 1)) & _MASK)
+
+
 def sample_rows(
     tokens: int | torch.SymInt, k: int | torch.SymInt, seed: Tensor, sampling: Sampling
 ) -> Tensor:
@@ -124,10 +140,10 @@ def sample_rows(
     # torch's stubs know no SymInt here.
     tokens, k = cast(int, tokens), cast(int, k)
     if sampling == "uniform":
-        keys = _mix((seed + 0x1E3779B9 * (torch.arange(tokens, device=seed.device) + 1)) & _MASK)
+        keys = _mix((seed + _STRIDE * (torch.arange(tokens, device=seed.device) + 1)) & _MASK)
         return torch.topk(keys, k, sorted=False).indices
     j = torch.arange(k, device=seed.device)
-    u = _mix((seed + 0x1E3779B9 * (j + 1)) & _MASK) >> (31 - _FRACTION_BITS)
+    u = _mix((seed + _STRIDE * (j + 1)) & _MASK) >> (31 - _FRACTION_BITS)
     # floor((j + u)·b/k) in integers, split so that no product passes 2⁶³.
     whole, rest = j * tokens // k, j * tokens % k
     return whole + ((rest << _FRACTION_BITS) + u * tokens) // (k << _FRACTION_BITS)

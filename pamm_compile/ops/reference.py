@@ -6,11 +6,15 @@ Both functions go over the tokens in tiles, so that the b×k score matrix never 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
-# Elements of the widest temporary: 64 MiB in fp32, past which larger tiles gain nothing.
+# Elements of the widest temporary. 8 MiB in fp32 on a CPU: larger blocks leave the caches and are
+# fetched from the system, page by page, anew for every tile. 64 MiB elsewhere: fewer launches.
+_CPU_TILE_ELEMENTS = 1 << 21
 _TILE_ELEMENTS = 1 << 24
 
 
@@ -28,8 +32,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _tiles(rows: int, row_elements: int) -> range:
-    return range(0, rows, max(1, _TILE_ELEMENTS // max(1, row_elements)))
+def _tiles(device: torch.device, rows: int, row_elements: int, least: int = 1) -> range:
+    elements = _CPU_TILE_ELEMENTS if device.type == "cpu" else _TILE_ELEMENTS
+    return range(0, rows, max(least, elements // max(1, row_elements)))
 
 
 def assign(
@@ -45,7 +50,8 @@ def assign(
         scale = best / generators.float().norm(dim=1)[index] ** 2
         cosine = best / (x.float().norm(dim=1) * generators.float().norm(dim=1)[index])
 
-    Ties go to the lowest index. A generator whose norm is zero or not finite is chosen only if
+    Ties go to the lowest index; the scores of equal generators tie as far as the matmul rounds
+    their columns alike. A generator whose norm is zero or not finite is chosen only if
     all are such; then scale and cosine are 0. A zero row gets scale 0 and cosine 1 (0·C is exactly
     it). A row whose norm is not finite gets scale and cosine NaN, which the weight gradient then
     shows.
@@ -67,29 +73,32 @@ def assign(
     squares = c.square().sum(dim=1)
     usable = (squares > 0) & squares.isfinite()
     inverse = torch.where(usable, squares.rsqrt(), 0)
+    c = torch.where(usable[:, None], c, 0)
+    lowest = usable.to(torch.uint8).argmax()
 
     index = torch.empty(x.shape[0], dtype=index_dtype, device=x.device)
     scale = torch.empty(x.shape[0], dtype=x.dtype, device=x.device)
     cosine = torch.empty(x.shape[0], dtype=compute, device=x.device)
-    tiles = _tiles(x.shape[0], max(x.shape[1], c.shape[0]))
+    tiles = _tiles(x.device, x.shape[0], max(x.shape[1], c.shape[0]))
     for start in tiles:
         rows = slice(start, start + tiles.step)
         tile = x[rows].to(compute)
         dot = tile @ c.T
-        score = torch.where(usable, dot.abs() * inverse, -1)
-        nearest = score.argmax(dim=1)
+        nearest = dot.abs().mul_(inverse).argmax(dim=1)
         best = dot.gather(1, nearest[:, None])[:, 0]
-        near = inverse[nearest]
-        norm = tile.square().sum(dim=1).sqrt()
+        # Where all scores are 0, argmax may land on a generator that is not usable.
+        nearest = torch.where(best == 0, lowest, nearest)
+        best = best * inverse[nearest]
+        norm = torch.linalg.vector_norm(tile, dim=1)
 
-        alpha = torch.where(usable[nearest], best * near * near, 0)
-        cos = torch.where(usable[nearest], best * near / norm, 0)
         finite = norm.isfinite()
         nan = float("nan")
+        alpha = torch.where(norm > 0, best * inverse[nearest], 0)
+        cos = torch.where(norm > 0, best / norm, 1)
         # argmax may land on a NaN column for a non-finite row; 0 keeps the index meaningful.
         index[rows] = torch.where(finite, nearest, 0).to(index_dtype)
-        scale[rows] = torch.where(finite, torch.where(norm > 0, alpha, 0), nan).to(x.dtype)
-        cosine[rows] = torch.where(finite, torch.where(norm > 0, cos, 1), nan)
+        scale[rows] = torch.where(finite, alpha, nan).to(x.dtype)
+        cosine[rows] = torch.where(finite, cos, nan)
     return index, scale, cosine
 
 
@@ -115,18 +124,38 @@ def contract(index: Tensor, scale: Tensor, grads: Sequence[Tensor], num_generato
     Source: arXiv 2506.02939 §3, Algorithm 2.
     """
     compute = accumulation_dtype(grads[0].dtype)
-    widths = [grad.shape[1] for grad in grads]
-    out = torch.zeros(num_generators, sum(widths), dtype=compute, device=index.device)
-    long_index = index.long()
-    alpha = scale.to(compute)
-    first = 0
-    for grad, width in zip(grads, widths, strict=True):
-        tiles = _tiles(grad.shape[0], width)
-        for start in tiles:
-            rows = slice(start, start + tiles.step)
-            # Accumulating index_put sorts on GPUs, where index_add would use atomics.
-            out[:, first : first + width].index_put_(
-                (long_index[rows],), alpha[rows, None] * grad[rows].to(compute), accumulate=True
-            )
-        first += width
+    ends = list(accumulate(grad.shape[1] for grad in grads))
+    out = torch.zeros(num_generators, ends[-1], dtype=compute, device=index.device)
+    on_cpu = index.device.type == "cpu"
+    # On a CPU every tile is added to all of `out`, which is to stay the smaller of the two.
+    tiles = _tiles(
+        index.device,
+        index.shape[0],
+        max(grad.shape[1] for grad in grads),
+        least=4 * num_generators if on_cpu else 1,
+    )
+    for start in tiles:
+        rows = slice(start, start + tiles.step)
+        members, alpha = index[rows].long(), scale[rows].to(compute)
+        if on_cpu:
+            members, order = torch.sort(members, stable=True)
+            alpha = alpha[order]
+            bounds = torch.searchsorted(members, torch.arange(num_generators + 1))
+        for grad, end in zip(grads, ends, strict=True):
+            tile = grad[rows].to(compute)
+            part = out[:, end - grad.shape[1] : end]
+            if on_cpu:
+                # Reads each gradient once; accumulating index_put is 20 times slower here, and
+                # its order of summation changes from run to run.
+                part += embedding_bag(
+                    order,
+                    tile,
+                    bounds,
+                    mode="sum",
+                    per_sample_weights=alpha,
+                    include_last_offset=True,
+                )
+            else:
+                # Sorts on GPUs, where index_add would use atomics.
+                part.index_put_((members,), alpha[:, None] * tile, accumulate=True)
     return out

@@ -1,0 +1,300 @@
+"""The backend: Dynamo's graph in, Inductor with our joint-graph pass installed, compiled code out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from pamm_compile import _compat
+from pamm_compile.config import Base, Options, Targets, unknown_option
+from pamm_compile.graph.joint_pass import JointPass, PassChain, check_strict
+from pamm_compile.ops.compression import Sampling
+from pamm_compile.report import GraphReport, Report
+
+log = logging.getLogger("pamm_compile")
+
+_PREFIX = "pamm."
+
+
+class Backend:
+    """What `backend` returns; torch.compile calls it with every graph that Dynamo captures.
+
+    Attributes:
+        options: what was chosen.
+        report: what was compiled so far, shared by everything compiled with these options.
+    """
+
+    def __init__(
+        self, options: Options, mode: str | None = None, settings: tuple[tuple[str, Any], ...] = ()
+    ) -> None:
+        self.options = options
+        self.report = Report()
+        self.__name__ = "pamm"
+        self._mode = mode
+        self._settings = settings
+
+    def __repr__(self) -> str:
+        return f"pamm_compile.backend({self.options})"
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: list[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Compile one graph; torch.compile passes its own `mode` and `options` on."""
+        mode, settings = mode or self._mode, {**dict(self._settings), **(options or {})}
+        inductor = inductor_settings(mode, settings)
+        joint_pass = JointPass(self.options, parameter_names(gm))
+        recorded = _RecordedReport(gm, joint_pass, example_inputs)
+        if self.options.base == "aot_eager":
+            compiled = _compile_eager(gm, example_inputs, joint_pass)
+        else:
+            compiled = _compile_inductor(gm, example_inputs, joint_pass, inductor)
+        report = recorded.settle(joint_pass.report)
+        self.report.add(report)
+        log.info("%s", report.summary())
+        _compat.trace_structured(
+            "artifact",
+            metadata_fn=lambda: {"name": "pamm_compile_report", "encoding": "json"},
+            payload_fn=lambda: json.dumps(report.to_dict()),
+        )
+        if self.options.strict:
+            check_strict(report)
+        return compiled
+
+
+def backend(
+    ratio: float = 256,
+    *,
+    epsilon: float | None = None,
+    sampling: Sampling = "stratified",
+    min_generators: int = 1,
+    min_tokens: int = 256,
+    targets: Targets = "qkv",
+    strict: bool = False,
+    seed: int = 0,
+    base: Base = "inductor",
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **unknown: Any,
+) -> Backend:
+    """Return a torch.compile backend that compresses the inputs of attention projections.
+
+    Equivalent to Inductor, except that the weight gradients of the projections, dW = dZᵀ·X, are
+    computed from k rows of X, an index and a scale per token, and that X is not saved:
+
+        model = torch.compile(model, backend=pamm_compile.backend(ratio=256))
+
+    The same arguments give the same object, so that blocks compiled one by one share code; its
+    `report` says what was matched.
+
+    Args:
+        ratio: b / k, tokens per generator, at least 1; k = ceil(b / ratio).
+        epsilon: drop tokens whose relative distance to their generator exceeds this, in [0, ∞),
+            and rescale the rest; None (∞) keeps all, the paper's best.
+        sampling: "stratified" draws one generator in each of k equal intervals of tokens;
+            "uniform" draws k of all, as the paper does.
+        min_generators: lower bound of k; k, not the ratio alone, decides quality.
+        min_tokens: inputs of fewer tokens stay exact.
+        targets: "qkv", the projections that feed attention; "linear" (experimental), every matmul
+            of an activation with a parameter; a compiled regular expression, those of them whose
+            parameter names it matches.
+        strict: raise if a training graph has nothing to compress.
+        seed: another seed draws other generators from the same activations.
+        base: "inductor"; "aot_eager" runs the rewritten graphs operator by operator, for
+            debugging.
+        mode: as torch.compile's.
+        options: Inductor settings, as torch.compile's.
+
+    Returns:
+        A callable for torch.compile's `backend`.
+
+    Raises:
+        InvalidOptionError: a value is not allowed, or a name is unknown.
+
+    Source: arXiv 2506.02939.
+    """
+    chosen = {
+        "ratio": ratio,
+        "epsilon": epsilon,
+        "sampling": sampling,
+        "min_generators": min_generators,
+        "min_tokens": min_tokens,
+        "targets": targets,
+        "strict": strict,
+        "seed": seed,
+        "base": base,
+    }
+    for name in unknown:
+        raise unknown_option(name, (*chosen, "mode", "options"))
+    checked = Options.from_mapping(chosen)
+    inductor_settings(mode, options)
+    return _shared(checked, mode, tuple(sorted((options or {}).items())))
+
+
+# Unbounded on purpose: a forgotten backend would be made anew and its compiled code missed.
+_BACKENDS: dict[str, Backend] = {}
+
+
+def _shared(options: Options, mode: str | None, settings: tuple[tuple[str, Any], ...]) -> Backend:
+    key = repr((options, mode, settings))
+    return _BACKENDS.setdefault(key, Backend(options, mode, settings))
+
+
+def named_backend(
+    gm: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile with `backend="pamm"`, taking our options as "pamm.ratio" and so on.
+
+    Equivalent to: `torch.compile(model, backend=backend(ratio=…), mode=…, options=…)` for
+    `torch.compile(model, backend="pamm", mode=…, options={"pamm.ratio": …, …})`.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: its inputs.
+        mode: as torch.compile's.
+        options: ours, prefixed with "pamm.", and Inductor's.
+
+    Returns:
+        The compiled graph.
+
+    Raises:
+        InvalidOptionError: a value is not allowed, or a name is unknown.
+    """
+    ours = {k.removeprefix(_PREFIX): v for k, v in (options or {}).items() if k.startswith(_PREFIX)}
+    rest = {k: v for k, v in (options or {}).items() if not k.startswith(_PREFIX)}
+    return _shared(Options.from_mapping(ours), None, ())(
+        gm, example_inputs, mode=mode, options=rest
+    )
+
+
+def inductor_settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the Inductor settings that a mode and options stand for.
+
+    Args:
+        mode: as torch.compile's.
+        options: as torch.compile's.
+
+    Returns:
+        Settings by name.
+
+    Raises:
+        InvalidOptionError: a name is unknown.
+    """
+    allowed = _compat.inductor_setting_names()
+    for name in options or {}:
+        if name.replace("-", "_") not in allowed:
+            raise unknown_option(name, allowed)
+    return _compat.inductor_settings(mode, options)
+
+
+def parameter_names(gm: GraphModule) -> dict[str, str]:
+    """Return the name of every parameter of a graph that Dynamo captured, by its input key.
+
+    Args:
+        gm: as handed to a backend.
+
+    Returns:
+        Names such as "model.layers.0.self_attn.q_proj.weight".
+    """
+    names = {}
+    for position, (example, source) in enumerate(_compat.dynamo_inputs(gm)):
+        if isinstance(example, torch.nn.Parameter):
+            names[_compat.plain_input_key(position)] = _readable(source) or f"input {position}"
+    for name, _ in gm.named_parameters():
+        names[f"parameter:{name}"] = name
+    return names
+
+
+def _readable(source: str) -> str:
+    """Turn Dynamo's expression for a parameter into the name that the module gives it."""
+    name = re.sub(r"\.?_(modules|parameters|buffers)(?=\W)", "", source)
+    name = re.sub(r"\[['\"]?([^]'\"]+)['\"]?\]", r".\1", name)
+    name = re.sub(r"^[LG]\.", "", name)
+    name = re.sub(r"^self\.", "", name)
+    return re.sub(r"^_orig_mod\.|^fn\.", "", name)
+
+
+class _RecordedReport:
+    """A graph's report, kept beside Inductor's caches.
+
+    When a cache answers, our pass does not run; what it found when the entry was made is then read
+    back. The key holds everything the pass looks at.
+    """
+
+    def __init__(self, gm: GraphModule, joint_pass: JointPass, inputs: list[Any]) -> None:
+        text = [joint_pass.uuid(), torch.__version__, gm.print_readable(print_output=False)]
+        text += [f"{k} {v}" for k, v in joint_pass.parameter_names.items()]
+        for each in inputs:
+            is_tensor = isinstance(each, torch.Tensor)
+            text.append(
+                f"{each.dtype} {list(each.shape)} {each.requires_grad}" if is_tensor else str(each)
+            )
+        text.append(str(torch.is_grad_enabled()))
+        digest = hashlib.sha256("\n".join(text).encode()).hexdigest()
+        self._path = Path(_compat.cache_dir()) / "pamm_compile" / f"{digest}.json"
+
+    def settle(self, made: GraphReport | None) -> GraphReport:
+        """Keep the report that the pass made, or return the one kept when it last ran."""
+        if made is not None:
+            self._write(made)
+            return made
+        if not self._path.exists():
+            # Neither traced now nor before: AOTAutograd had nothing to differentiate.
+            return GraphReport(training=False)
+        return GraphReport.from_dict(json.loads(self._path.read_text()))
+
+    def _write(self, made: GraphReport) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # Other processes may compile the same graph: rename is atomic, write is not.
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self._path.parent, suffix=".tmp", delete=False
+        ) as file:
+            json.dump(made.to_dict(), file)
+        os.replace(file.name, self._path)
+
+
+def _compile_inductor(
+    gm: GraphModule, inputs: list[Any], joint_pass: JointPass, settings: dict[str, Any]
+) -> Callable[..., Any]:
+    there = settings.get("joint_custom_pre_pass", _compat.inductor_config.joint_custom_pre_pass)
+    earlier = list(there) if isinstance(there, list | tuple) else [there] if there else []
+    chain = PassChain([*earlier, joint_pass]) if earlier else joint_pass
+    compiled: Callable[..., Any] = _compat.compile_fx(
+        gm, inputs, config_patches={**settings, "joint_custom_pre_pass": chain}
+    )
+    return compiled
+
+
+def _compile_eager(gm: GraphModule, inputs: list[Any], joint_pass: JointPass) -> Callable[..., Any]:
+    @functools.wraps(_compat.min_cut_rematerialization_partition)
+    def partition(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        joint_pass(joint.graph)
+        joint.recompile()
+        return _compat.min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    compiled: Callable[..., Any] = _compat.aot_autograd(
+        fw_compiler=_compat.boxed_nop,
+        bw_compiler=_compat.boxed_nop,
+        partition_fn=partition,
+        keep_inference_input_mutations=True,
+    )(gm, inputs)
+    return compiled

@@ -1,0 +1,19 @@
+"""What can go wrong, one class per cause; every message says what was given, what is allowed, what to do."""
+
+from __future__ import annotations
+
+
+class PammError(Exception):
+    """Base of every exception that pamm_compile raises on purpose."""
+
+
+class InvalidOptionError(PammError, ValueError):
+    """An option has a value that is not allowed, or a name that does not exist."""
+
+
+class NothingMatchedError(PammError, RuntimeError):
+    """`strict=True`, and a training graph was compiled without a single compressed site."""
+
+
+class UnsupportedTorchError(PammError, ImportError):
+    """The installed torch lacks an internal that pamm_compile relies on, or is too old."""

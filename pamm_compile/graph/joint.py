@@ -1,0 +1,306 @@
+"""Reading a joint forward+backward graph: its inputs, gradients, phases and value chains.
+
+Nothing here knows of PAMM. A *value chain* is a node followed back through operations that only
+rearrange or cast its elements; the node where that ends is the chain's base:
+
+    mul_4 [B,S,n] ── convert_element_type ── view [b,n] ── mm
+    └ base                └──────── chain ───────┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from pamm_compile import _compat
+
+aten = torch.ops.aten
+
+# Rearrange or cast: every element of the result is an element of the operand.
+_CHAIN = {
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::permute", "aten::t",
+    "aten::transpose", "aten::squeeze", "aten::unsqueeze", "aten::expand", "aten::clone",
+    "aten::alias", "aten::detach", "aten::contiguous", "aten::_to_copy", "aten::to",
+    "prims::convert_element_type", "prims::view_of", "aten::lift_fresh_copy",
+}  # fmt: skip
+
+# A weight's gradient reaches the graph's output through these, and no others.
+_GRADIENT_PATH = _CHAIN | {
+    "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::neg", "aten::sum", "aten::cat",
+    "aten::stack", "aten::slice", "aten::slice_scatter", "aten::slice_backward", "aten::select",
+    "aten::select_scatter", "aten::select_backward", "aten::split", "aten::split_with_sizes",
+    "aten::constant_pad_nd", "aten::unbind", "aten::as_strided", "aten::new_zeros",
+    "aten::zeros_like",
+}  # fmt: skip
+
+_MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+_CONVOLUTIONS = {"aten::convolution", "aten::_convolution"}
+_TRANSPOSES = {"aten::t", "aten::permute", "aten::transpose"}
+
+
+def op_name(node: Node) -> str:
+    """Return "namespace::name" of a node's operator, without the overload; "" if it has none."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"higher_order::{target.name()}"
+    return ""
+
+
+def is_matmul(node: Node) -> bool:
+    """Tell whether a node is mm, addmm, bmm or baddbmm."""
+    return op_name(node) in _MATMULS
+
+
+def is_convolution(node: Node) -> bool:
+    """Tell whether a node is a forward convolution."""
+    return op_name(node) in _CONVOLUTIONS
+
+
+def matmul_operands(node: Node) -> tuple[Node, Node]:
+    """Return the left and right factor of a matmul, leaving out the addend of addmm and baddbmm."""
+    assert is_matmul(node), node
+    factors = node.args[1:3] if op_name(node) in ("aten::addmm", "aten::baddbmm") else node.args[:2]
+    left, right = factors
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
+    return left, right
+
+
+def value(node: Node) -> Any:
+    """Return the fake tensor (or symbolic number) that a node stands for."""
+    return node.meta.get("val")
+
+
+def is_transpose(node: Node) -> bool:
+    """Tell whether a node swaps the last two dimensions and leaves the others in place."""
+    name, val = op_name(node), value(node)
+    if name not in _TRANSPOSES or not isinstance(val, torch.Tensor):
+        return False
+    rank = val.dim()
+    if name == "aten::t":
+        return rank == 2
+    if name == "aten::permute":
+        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+        return rank >= 2 and order == [*range(rank - 2), rank - 1, rank - 2]
+    return rank >= 2 and {int(d) % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[arg-type]
+
+
+def strip_transposes(node: Node) -> tuple[Node, bool]:
+    """Follow a node back through transposes of its last two dimensions.
+
+    Returns:
+        The first node that is no such transpose, and whether their number was odd.
+    """
+    odd = False
+    while is_transpose(node):
+        node, odd = node.all_input_nodes[0], not odd
+    return node, odd
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A value chain: where it starts and, in order, what was done to the elements."""
+
+    base: Node
+    steps: tuple[tuple[Any, ...], ...]
+
+
+def chain_of(node: Node) -> Chain:
+    """Follow a node back through operations that only rearrange or cast its elements.
+
+    Returns:
+        The base and the steps from it to `node`, comparable between nodes.
+    """
+    steps: list[tuple[Any, ...]] = []
+    while op_name(node) in _CHAIN:
+        source = node.args[0]
+        if not isinstance(source, Node):
+            break
+        options = tuple(sorted(node.kwargs.items()))
+        # aten.alias and aten.detach change nothing; leaving them out lets equal chains compare so.
+        if op_name(node) not in ("aten::alias", "aten::detach"):
+            steps.append((op_name(node), _freeze(node.args[1:]), _freeze(options)))
+        node = source
+    return Chain(node, tuple(reversed(steps)))
+
+
+def _freeze(arg: Any) -> Any:
+    if isinstance(arg, list | tuple):
+        return tuple(_freeze(item) for item in arg)
+    return arg
+
+
+def is_chain_step(node: Node) -> bool:
+    """Tell whether a node only rearranges or casts the elements of its operand."""
+    return op_name(node) in _CHAIN
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter as the graph sees it: one placeholder."""
+
+    node: Node
+    name: str
+    gradient: Node | None
+    """The node that the graph returns as its gradient; None if frozen or unused."""
+
+
+class JointGraph:
+    """A joint graph with its parameters, gradient outputs and phases found.
+
+    Args:
+        graph: what AOTAutograd traced, before partitioning.
+        parameter_names: name of every parameter, by the key that `_compat.input_key` gives its
+            descriptor.
+    """
+
+    def __init__(self, graph: Graph, parameter_names: dict[str, str]) -> None:
+        self.graph = graph
+        self.nodes = list(graph.nodes)
+        self.output = graph.output_node()
+        self._names = parameter_names
+
+    @staticmethod
+    def is_joint(graph: Graph) -> bool:
+        """Tell whether a graph has a backward part and the descriptors to read it by."""
+        return "desc" in graph.output_node().meta and any(
+            _compat.is_tangent(node.meta.get("desc")) for node in graph.find_nodes(op="placeholder")
+        )
+
+    @cached_property
+    def backward(self) -> frozenset[Node]:
+        """Every node that depends on a tangent."""
+        found: set[Node] = set()
+        for node in self.nodes:
+            if node.op == "placeholder":
+                if _compat.is_tangent(node.meta.get("desc")):
+                    found.add(node)
+            elif node.op != "output" and any(arg in found for arg in node.all_input_nodes):
+                found.add(node)
+        return frozenset(found)
+
+    @cached_property
+    def _gradients(self) -> dict[str, Node]:
+        descs = self.output.meta["desc"]
+        outputs = self.output.args[0]
+        assert isinstance(outputs, list | tuple)
+        found = {}
+        for desc, out in zip(descs, outputs, strict=True):
+            key = _compat.gradient_key(desc)
+            if key is not None and isinstance(out, Node):
+                found[key] = out
+        return found
+
+    @cached_property
+    def parameters(self) -> dict[Node, Parameter]:
+        """The parameters among the placeholders."""
+        found = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            key = _compat.input_key(node.meta.get("desc"))
+            if key is not None and key in self._names:
+                found[node] = Parameter(node, self._names[key], self._gradients.get(key))
+        return found
+
+    @cached_property
+    def forward_outputs(self) -> frozenset[Node]:
+        """Nodes that the forward pass returns to the user."""
+        outputs = self.output.args[0]
+        assert isinstance(outputs, list | tuple)
+        return frozenset(
+            out
+            for desc, out in zip(self.output.meta["desc"], outputs, strict=True)
+            if isinstance(out, Node) and _compat.gradient_key(desc) is None
+        )
+
+    @cached_property
+    def _leaf_parameters(self) -> dict[Node, frozenset[Node] | None]:
+        # None: depends on something that is not a parameter.
+        known: dict[Node, frozenset[Node] | None] = {}
+        for node in self.nodes:
+            if node.op == "placeholder":
+                known[node] = frozenset((node,)) if node in self.parameters else None
+                continue
+            leaves: frozenset[Node] | None = frozenset()
+            for source in node.all_input_nodes:
+                more = known[source]
+                leaves = None if leaves is None or more is None else leaves | more
+            known[node] = leaves
+        return known
+
+    def parameters_of(self, node: Node) -> list[Parameter]:
+        """Return the parameters a node is computed from; empty unless from nothing else."""
+        leaves = self._leaf_parameters[node] or frozenset()
+        return [self.parameters[leaf] for leaf in sorted(leaves)]
+
+    def gradient_of(self, placeholder: Node) -> Node | None:
+        """Return the node that the graph returns as the gradient of an input, if it does."""
+        key = _compat.input_key(placeholder.meta.get("desc"))
+        return None if key is None else self._gradients.get(key)
+
+    def gradient_matmuls(self, parameter: Parameter) -> list[Node]:
+        """Return the backward matmuls whose results are summed or assembled into a gradient.
+
+            mm ── permute ─┐
+                           add ── convert_element_type ── output (gradient of `parameter`)
+            mm ── permute ─┘
+
+        Args:
+            parameter: one with a gradient, else the result is empty.
+
+        Returns:
+            The matmuls in graph order, wherever on the way slices, casts and sums stand.
+        """
+        if parameter.gradient is None:
+            return []
+        found = self.walk_back([parameter.gradient], self._ends_gradient)
+        return sorted(node for node in found if is_matmul(node))
+
+    def _ends_gradient(self, node: Node) -> bool:
+        return op_name(node) not in _GRADIENT_PATH and not _is_getitem(node)
+
+    def walk_back(self, starts: Iterable[Node], ends: Callable[[Node], bool]) -> Iterator[Node]:
+        """Yield every ancestor of `starts`, themselves included, not going past where `ends` holds."""
+        stack, seen = list(starts), set(starts)
+        while stack:
+            node = stack.pop()
+            yield node
+            if ends(node):
+                continue
+            for source in node.all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+
+    def readers(self, base: Node) -> tuple[set[Node], set[Node]]:
+        """Return who reads a value in the backward pass, through any chain of it.
+
+        Args:
+            base: a forward node.
+
+        Returns:
+            closure: `base` and everything that only rearranges or casts it, in either phase.
+            backward: the backward nodes outside the closure that read one of these.
+        """
+        closure, stack = {base}, [base]
+        backward: set[Node] = set()
+        while stack:
+            for user in stack.pop().users:
+                if user in closure or user.op == "output":
+                    continue
+                if user in self.backward:
+                    backward.add(user)
+                elif is_chain_step(user):
+                    closure.add(user)
+                    stack.append(user)
+        return closure, backward
+
+
+def _is_getitem(node: Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"

@@ -1,0 +1,212 @@
+"""What was matched, declined and saved: as objects, as text, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# A long run may compile many graphs; the totals stay, the oldest details go.
+_KEPT_GRAPHS = 1024
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One projection input: compressed, or the reason why not."""
+
+    parameters: tuple[str, ...]
+    """Names of the weights whose gradients are made from this input."""
+    shape: tuple[int, ...]
+    """Of the input X as the projections read it, (tokens, features)."""
+    dtype: str
+    generators: int
+    """k, the rows of X kept; 0 if declined."""
+    bytes_before: int
+    """Of X."""
+    bytes_after: int
+    """Of generators, index and scale; equal to `bytes_before` if declined."""
+    compressed: bool
+    reason: str | None = None
+    """Name of a `pamm_compile.Reason` if declined."""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Note:
+    """A decline that concerns no single input, such as a graph without attention."""
+
+    reason: str
+    what: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """What was found in one compiled graph."""
+
+    sites: tuple[SiteReport, ...] = ()
+    notes: tuple[Note, ...] = ()
+    training: bool = True
+    """False for a graph without a backward pass, which is left alone."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> GraphReport:
+        """Build a report from what `dataclasses.asdict` and JSON made of one."""
+        sites = (
+            SiteReport(**{**s, "parameters": tuple(s["parameters"]), "shape": tuple(s["shape"])})
+            for s in data["sites"]
+        )
+        return cls(tuple(sites), tuple(Note(**n) for n in data["notes"]), data["training"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for JSON."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """Return one line: how many sites, bytes before and after, what was declined."""
+        if not self.training:
+            return "no backward pass: graph left as it is"
+        done = [s for s in self.sites if s.compressed]
+        before, after = sum(s.bytes_before for s in done), sum(s.bytes_after for s in done)
+        line = f"{len(done)} of {len(self.sites)} sites, {_size(before)} → {_size(after)}"
+        reasons = [s.reason for s in self.sites if s.reason] + [n.reason for n in self.notes]
+        if reasons:
+            counts = (f"{reasons.count(r)} {r}" for r in dict.fromkeys(reasons))
+            line += "; declined: " + ", ".join(counts)
+        return line
+
+
+class Report:
+    """What a backend compiled, graph by graph.
+
+    Printing it gives the table of `text()`.
+    """
+
+    def __init__(self, graphs: Iterable[GraphReport] = ()) -> None:
+        self._graphs: deque[GraphReport] = deque(graphs, maxlen=_KEPT_GRAPHS)
+
+    def add(self, graph: GraphReport) -> None:
+        """Append the report of one graph."""
+        self._graphs.append(graph)
+
+    def clear(self) -> None:
+        """Forget everything recorded so far."""
+        self._graphs.clear()
+
+    @property
+    def graphs(self) -> tuple[GraphReport, ...]:
+        """One report per compiled graph, oldest first."""
+        return tuple(self._graphs)
+
+    @property
+    def sites(self) -> tuple[SiteReport, ...]:
+        """The sites of all graphs."""
+        return tuple(site for graph in self._graphs for site in graph.sites)
+
+    @property
+    def compressed(self) -> tuple[SiteReport, ...]:
+        """The sites that are compressed."""
+        return tuple(site for site in self.sites if site.compressed)
+
+    @property
+    def declined(self) -> tuple[SiteReport, ...]:
+        """The sites that stay exact."""
+        return tuple(site for site in self.sites if not site.compressed)
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """Declines that concern no single input."""
+        return tuple(note for graph in self._graphs for note in graph.notes)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the inputs of the compressed sites."""
+        return sum(site.bytes_before for site in self.compressed)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of what replaces them: generators, index and scale."""
+        return sum(site.bytes_after for site in self.compressed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data: totals, and every graph with its sites and notes."""
+        return {
+            "compressed": len(self.compressed),
+            "declined": len(self.declined),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "graphs": [graph.to_dict() for graph in self._graphs],
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return `to_dict()` as JSON."""
+        return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def text(self) -> str:
+        """Return an aligned table, one line a site, and the totals."""
+        if not self._graphs:
+            return "nothing compiled yet"
+        header = ("weights", "tokens × features", "dtype", "k", "before", "after")
+        rows = [_row(site) for site in self.sites]
+        lines = _table(header, rows) if rows else []
+        for note in dict.fromkeys(self.notes):
+            detail = f" ({note.detail})" if note.detail else ""
+            lines.append(f"{note.what}: {note.reason}{detail}")
+        training = [graph for graph in self._graphs if graph.training]
+        lines.append(
+            f"{len(self.compressed)} of {len(self.sites)} sites compressed in {len(training)} "
+            f"training graph(s): {_size(self.bytes_before)} → {_size(self.bytes_after)}"
+        )
+        return "\n".join(lines)
+
+    __str__ = text
+
+
+def _row(site: SiteReport) -> tuple[str, ...]:
+    shape = " × ".join(map(str, site.shape))
+    head = (_brief(site.parameters), shape, site.dtype)
+    if site.compressed:
+        sizes = (_size(site.bytes_before), _size(site.bytes_after))
+        return (*head, str(site.generators), *sizes)
+    detail = f" ({site.detail})" if site.detail else ""
+    return (*head, "-", _size(site.bytes_before), f"{site.reason}{detail}")
+
+
+def _brief(names: Sequence[str]) -> str:
+    """Join names, writing what they begin and end with only once: a.{q,k,v}.weight."""
+    if len(names) < 2:
+        return "".join(names)
+    parts = [name.split(".") for name in names]
+    head = 0
+    while all(len(p) > head + 1 for p in parts) and len({p[head] for p in parts}) == 1:
+        head += 1
+    tail = 0
+    while all(len(p) > head + tail + 1 for p in parts) and len({p[-1 - tail] for p in parts}) == 1:
+        tail += 1
+    middle = [".".join(p[head : len(p) - tail]) for p in parts]
+    prefix, suffix = parts[0][:head], parts[0][len(parts[0]) - tail :]
+    return ".".join([*prefix, "{" + ",".join(middle) + "}", *suffix])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    rule = ["─" * width for width in widths]
+    numeric = (False, True, False, True, True, False)
+    return [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        ).rstrip()
+        for row in (header, rule, *rows)
+    ]
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
