@@ -152,9 +152,7 @@ def test_generators_need_not_be_rows_and_variants_follow(seed: int, b: int, n: i
 
 
 @given(seeds, st.integers(1, 30), st.integers(1, 8), st.integers(1, 8))
-def test_assign_does_not_depend_on_the_order_of_rows(
-    seed: int, b: int, n: int, k: int
-) -> None:
+def test_assign_does_not_depend_on_the_order_of_rows(seed: int, b: int, n: int, k: int) -> None:
     x, c = small_integers(seed, b, n), small_integers(seed + 1, k, n)
     order = torch.randperm(b, generator=torch.Generator().manual_seed(seed))
     for here, there in zip(
