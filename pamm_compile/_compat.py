@@ -7,7 +7,9 @@ Supported: torch 2.11 and newer. A missing symbol is reported once, by name, as
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -226,3 +228,209 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> torch.fx.GraphM
         traced = make_fx(function, select_decomp_table(), tracing_mode="real")(*fakes)
     traced.graph.eliminate_dead_code()
     return traced
+
+
+# ---------------------------------------------------------------------------------------------
+# Measurement
+# ---------------------------------------------------------------------------------------------
+
+MEASURE_SYMBOLS = (
+    "torch._functorch.config:activation_memory_budget",
+    "torch.utils._python_dispatch:is_traceable_wrapper_subclass",
+)
+"""Private symbols of `measure`, as "module:attribute"; imported when first used."""
+
+
+def memory_budget(budget: float) -> AbstractContextManager[None]:
+    """Return a context in which the partitioner keeps this fraction of activation memory.
+
+    Args:
+        budget: from 0 (recompute all) to 1 (torch's default).
+    """
+    resolve(MEASURE_SYMBOLS[0])
+    config = importlib.import_module("torch._functorch.config")
+    context: AbstractContextManager[None] = config.patch(activation_memory_budget=budget)
+    return context
+
+
+def stashed_tensors(node: object) -> Sequence[torch.Tensor]:
+    """Return what a node of the autograd graph keeps for backward past saved-tensor hooks.
+
+    Args:
+        node: a `grad_fn`.
+
+    Returns:
+        Tensors that compiled code keeps as an attribute, since nothing else can modify them; of
+        other nodes, none.
+
+    Raises:
+        UnsupportedTorchError: the node is compiled code and keeps them elsewhere.
+    """
+    if type(node).__name__ != "CompiledFunctionBackward":
+        return ()
+    try:
+        tensors: Sequence[torch.Tensor] = node._tensors_no_vc_check  # type: ignore[attr-defined]
+    except AttributeError as error:
+        raise UnsupportedTorchError(
+            f"torch {torch.__version__} has no CompiledFunctionBackward._tensors_no_vc_check, so "
+            "the bytes that compiled code saves cannot be measured."
+        ) from error
+    return tensors
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the plain tensors that a tensor is made of: itself, or those of a subclass."""
+    if not resolve(MEASURE_SYMBOLS[1])(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+
+
+# ---------------------------------------------------------------------------------------------
+# Inductor lowering
+# ---------------------------------------------------------------------------------------------
+
+LOWERING_SYMBOLS = (
+    "torch._dynamo.device_interface:get_interface_for_device",
+    "torch._inductor.ir:ExternKernel",
+    "torch._inductor.ir:FixedLayout",
+    "torch._inductor.ir:TritonTemplateBuffer",
+    "torch._inductor.ir:is_triton",
+    "torch._inductor.lowering:add_layout_constraint",
+    "torch._inductor.lowering:empty_strided",
+    "torch._inductor.lowering:fallback_handler",
+    "torch._inductor.lowering:lowerings",
+    "torch._inductor.lowering:register_lowering",
+    "torch._inductor.lowering:to_dtype",
+    "torch._inductor.runtime.hints:DeviceProperties",
+    "torch._inductor.select_algorithm:ExternKernelChoice",
+    "torch._inductor.select_algorithm:SymbolicGridFn",
+    "torch._inductor.select_algorithm:TritonTemplate",
+    "torch._inductor.select_algorithm:autotune_select_algorithm",
+    "torch._inductor.virtualized:V",
+    "torch.utils._triton:has_triton_package",
+)
+"""Private symbols of the lowering rooms, as "module:attribute"; imported when first used."""
+
+
+def lowering_symbol(name: str) -> Any:
+    """Import one of `LOWERING_SYMBOLS` by its attribute's name."""
+    return resolve(next(symbol for symbol in LOWERING_SYMBOLS if symbol.endswith(f":{name}")))
+
+
+def register_operator_lowering(overload: Any, lowering: Callable[..., Any]) -> None:
+    """Make Inductor lower an operator by a function that gets and returns its nodes."""
+    lowering_symbol("register_lowering")(overload, type_promotion_kind=None)(lowering)
+    # A compilation before this one may have tied the operator's inputs to the strides of eager.
+    lowering_symbol("add_layout_constraint")(overload, None)
+
+
+def is_triton_device(device: torch.device) -> bool:
+    """Tell whether Inductor makes Triton kernels for a device, CPUs set aside."""
+    if device.type == "cpu" or not lowering_symbol("has_triton_package")():
+        return False
+    return bool(lowering_symbol("is_triton")(device))
+
+
+def realized(node: Any, *, dense: bool = False) -> Any:
+    """Give an Inductor value memory and fixed strides, as a view of what it is wherever possible.
+
+    Args:
+        node: the value.
+        dense: whether a vector must also have stride 1, by a copy if need be.
+    """
+    kernel = lowering_symbol("ExternKernel")
+    buffer = kernel.realize_input(node)
+    if dense:
+        buffer = kernel.require_stride1(buffer)
+    buffer.freeze_layout()
+    return buffer
+
+
+def aten_lowering(overload: Any) -> Callable[..., Any]:
+    """Return Inductor's lowering of an ATen overload."""
+    lowering: Callable[..., Any] = lowering_symbol("lowerings")[overload]
+    return lowering
+
+
+def expression_hint(expression: Any, fallback: int) -> int:
+    """Return the value an Inductor size was compiled with, adding no guard.
+
+    Args:
+        expression: int or sympy expression.
+        fallback: returned where there is none, as for data-dependent sizes.
+    """
+    sizevars = lowering_symbol("V").graph.sizevars
+    return int(sizevars.optimization_hint(expression, fallback=fallback))
+
+
+def is_divisible(expression: Any, divisor: int) -> bool:
+    """Tell whether an Inductor size is known to be a multiple of a number, adding no guard."""
+    sizevars = lowering_symbol("V").graph.sizevars
+    return bool(sizevars.statically_known_multiple_of(expression, divisor))
+
+
+def is_max_autotune() -> bool:
+    """Tell whether Inductor was asked to time several kernels."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+
+
+def has_reader(position: int) -> bool:
+    """Tell whether the graph reads one output of the multi-output node being lowered."""
+    node = lowering_symbol("V").graph.current_node
+    return any(
+        user.target is not operator.getitem or (user.args[1] == position and len(user.users) > 0)
+        for user in node.users
+    )
+
+
+def device_properties(device: torch.device) -> tuple[str, int, int, int]:
+    """Return what tile sizes depend on.
+
+    Args:
+        device: one that Triton compiles for.
+
+    Returns:
+        "cuda", "hip" or "xpu"; major compute capability (0 if not CUDA); number of multiprocessors;
+        bytes of shared memory that one program may use.
+    """
+    properties = lowering_symbol("DeviceProperties").create(device)
+    interface = lowering_symbol("get_interface_for_device")(device)
+    raw = interface.get_device_properties(device)
+    shared = getattr(raw, "shared_memory_per_block_optin", 0) or 64 * 1024
+    major = (properties.major or 0) if properties.type == "cuda" else 0
+    return properties.type, major, properties.multi_processor_count, shared
+
+
+def select_choice(
+    name: str,
+    choices: list[Any],
+    inputs: list[Any],
+    layout: Any,
+    input_gen_fns: dict[int, Callable[[Any], Any]],
+) -> Any:
+    """Return the output node of the fastest choice: of the only one, without timing anything.
+
+    Args:
+        name: for Inductor's autotuning log and cache.
+        choices: of Inductor's type `ChoiceCaller`.
+        inputs: nodes the choices read or mutate.
+        layout: of the output.
+        input_gen_fns: per position in `inputs`, what to time with where random values do not do.
+    """
+    # A deferred choice (MultiTemplateBuffer) forgets which of its inputs a template mutates.
+    picked = lowering_symbol("autotune_select_algorithm")(
+        name,
+        choices,
+        inputs,
+        layout,
+        input_gen_fns=input_gen_fns or None,
+        return_multi_template=False,
+    )
+    # torch 2.11 returns the node, later versions the node and the choice.
+    return picked[0] if isinstance(picked, tuple) else picked
+
+
+def is_template_output(node: Any) -> bool:
+    """Tell whether a node that `select_choice` returned is a Triton template's."""
+    return isinstance(node.data.data, lowering_symbol("TritonTemplateBuffer"))

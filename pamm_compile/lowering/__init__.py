@@ -1,0 +1,25 @@
+"""How Inductor compiles the two operators: Triton templates on GPUs, the eager kernel elsewhere."""
+
+from __future__ import annotations
+
+import functools
+
+from pamm_compile import _compat
+from pamm_compile.lowering import assign, contract
+from pamm_compile.ops import schema
+
+__all__ = ["register"]
+
+
+@functools.cache
+def register() -> None:
+    """Register the lowerings of `pamm::assign` and `pamm::contract` with Inductor.
+
+    Equivalent to nothing: results are the eager kernels', up to rounding. Calling it again does
+    nothing.
+
+    Raises:
+        UnsupportedTorchError: this torch lacks a symbol that the lowerings use.
+    """
+    for operator, lowering in ((schema.assign, assign.lower), (schema.contract, contract.lower)):
+        _compat.register_operator_lowering(operator, lowering)

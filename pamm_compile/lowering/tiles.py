@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, misc, untyped-decorator, unused-ignore"
-"""Tile code of the two kernels, once: imported by the launchers of the tests, pasted into templates.
+"""Tile code of the two kernels: imported by the launchers of the tests, pasted into templates.
 
 Triton compiles these functions from their text, so they use nothing but `tl` and each other.
 Offsets take the type of `row`, `column` and `token`: int64 where the tensors ask for it.
@@ -162,15 +162,19 @@ def pamm_contract_tile(
     EVEN_M: tl.constexpr,
     SORTED: tl.constexpr,
     WIDE: tl.constexpr,
+    GRAD_LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """B̃ of `generator` × `column` over the positions [start, stop), as a one-hot matmul.
+    """B̃ᵀ of `column` × `generator` over the positions [start, stop), as a one-hot matmul.
 
     Positions are tokens; if SORTED, ORDER maps them to tokens and INDEX is in sorted order. A
     non-finite gradient meets the zeros of the one-hot matrix, and so makes its whole column
     non-finite.
     """
-    acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    if GRAD_LEFT:
+        acc = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_K, BLOCK_M], tl.float32)
     # f and α are fetched a tile ahead, so that no matmul waits for them.
     f, alpha = pamm_codes(INDEX, SCALE, ORDER, start, stop, BLOCK_T, SORTED)
     for first in range(start, stop, BLOCK_T):
@@ -182,13 +186,21 @@ def pamm_contract_tile(
         if EVEN_M:
             grad = tl.load(grad_at)
         else:
-            grad = tl.load(grad_at, mask=column[None, :] < m, other=0.0)
-        onehot = tl.where(f[:, None] == generator[None, :], alpha[:, None], 0.0)
+            grad = tl.load(grad_at, mask=(column < m)[None, :], other=0.0)
         if WIDE:
-            onehot = onehot.to(tl.float32)
+            alpha = alpha.to(tl.float32)
             grad = grad.to(tl.float32)
-        acc = tl.dot(tl.trans(grad), onehot, acc, input_precision=PRECISION)
+        # Both orders give the same sums: Hopper's matmul reads the left gradient from shared memory
+        # as it lies, others would first have to transpose it in registers.
+        if GRAD_LEFT:
+            onehot = tl.where(f[:, None] == generator[None, :], alpha[:, None], 0.0)
+            acc = tl.dot(tl.trans(grad), onehot, acc, input_precision=PRECISION)
+        else:
+            onehot = tl.where(generator[:, None] == f[None, :], alpha[None, :], 0.0)
+            acc = tl.dot(onehot, grad, acc, input_precision=PRECISION)
         f, alpha = pamm_codes(INDEX, SCALE, ORDER, first + BLOCK_T, stop, BLOCK_T, SORTED)
+    if not GRAD_LEFT:
+        acc = tl.trans(acc)
     return acc
 
 
