@@ -53,8 +53,8 @@ def assign(
     Ties go to the lowest index; the scores of equal generators tie as far as the matmul rounds
     their columns alike. A generator whose norm is zero or not finite is chosen only if
     all are such; then scale and cosine are 0. A zero row gets scale 0 and cosine 1 (0·C is exactly
-    it). A row whose norm is not finite gets scale and cosine NaN, which the weight gradient then
-    shows.
+    it). A row whose norm is not finite gets index 0 and scale and cosine NaN, which the weight
+    gradient then shows.
 
     Args:
         x: [b, n], floating point.
@@ -95,7 +95,7 @@ def assign(
         nan = float("nan")
         alpha = torch.where(norm > 0, best * inverse[nearest], 0)
         cos = torch.where(norm > 0, best / norm, 1)
-        # argmax may land on a NaN column for a non-finite row; 0 keeps the index meaningful.
+        # Where argmax lands among NaN scores is nobody's promise.
         index[rows] = torch.where(finite, nearest, 0).to(index_dtype)
         scale[rows] = torch.where(finite, alpha, nan).to(x.dtype)
         cosine[rows] = torch.where(finite, cos, nan)

@@ -199,7 +199,7 @@ def test_a_non_finite_row_gets_nan_and_leaves_the_others_alone(
     others = torch.arange(9) != 5
     assert scale[5].isnan()
     assert cosine[5].isnan()
-    assert index[5] < 4
+    assert index[5] == 0
     for got, want in zip((index, scale, cosine), clean, strict=True):
         assert torch.equal(got[others], want[others])
 

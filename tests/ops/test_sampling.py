@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pamm_compile.ops.compression import content_seed, num_generators, sample_rows
+from pamm_compile.ops.compression import content_seed, num_generators, sample_rows, site_seed
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLINGS = ("stratified", "uniform")
@@ -200,6 +200,20 @@ def test_the_seed_looks_at_the_whole_of_x() -> None:
             other = x.clone()
             other[row, column] += 1
             assert content_seed(other, 0) != content_seed(x, 0)
+
+
+def test_sites_that_share_a_seed_draw_independently() -> None:
+    shared = torch.tensor(2**31 - 1)
+    sites = [site_seed(shared, number) for number in range(1000)]
+    assert len({seed.item() for seed in sites}) == 1000
+    assert all(0 <= seed < 2**31 for seed in sites)
+    counts = Counter(sample_rows(64, 1, seed, "stratified").item() // 8 for seed in sites)
+    statistic = sum((counts[part] - 125) ** 2 / 125 for part in range(8))
+    assert statistic < chi_square_limit(7)
+    draws = [sample_rows(64, 8, seed, "stratified") % 8 for seed in sites]
+    within = Counter((now[0].item(), then[0].item()) for now, then in pairwise(draws))
+    statistic = sum((within[p, q] - 999 / 64) ** 2 / (999 / 64) for p in range(8) for q in range(8))
+    assert statistic < chi_square_limit(63)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
