@@ -50,7 +50,7 @@ def tiles(k: int, dtype: torch.dtype, device: Device) -> list[Tile]:
         columns = common.power_of_two(k, 16, MOST_ONE_HOT)
         wanted = {
             256: [Tile(128, 256, 32, 8, 4), Tile(64, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3)],
-            128: [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4)],
+            128: [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4)],
         }.get(
             columns,
             [
@@ -100,7 +100,7 @@ def _source(num_grads: int, is_sorted: bool) -> str:
     vectors = ["INDEX", "SCALE"] + ["ORDER", "OFFSETS"] * is_sorted
     lines = [
         "{{def_kernel(" + ", ".join(f'"{name}"' for name in [*vectors, *names]) + ")}}",
-        "" if is_sorted else "    ORDER = OFFSETS = INDEX",
+        *([] if is_sorted else ["    ORDER = INDEX", "    OFFSETS = INDEX"]),
         "    k = {{size(None, 2)}}",
         "    k_tiles = tl.cdiv(k, BLOCK_K)",
         "    split = tl.program_id(1)",

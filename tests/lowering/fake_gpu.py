@@ -1,0 +1,188 @@
+"""An H100 that is not there: Inductor's code generation for CUDA in a CPU build of torch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._dynamo.device_interface import CudaInterface
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.debug import DebugContext
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.graph import GraphLowering
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+H100 = SimpleNamespace(
+    name="NVIDIA H100",
+    major=9,
+    minor=0,
+    total_memory=80 << 30,
+    multi_processor_count=132,
+    regs_per_multiprocessor=65536,
+    max_threads_per_multi_processor=2048,
+    max_threads_per_block=1024,
+    warp_size=32,
+    shared_memory_per_block_optin=232448,
+    gcnArchName="",
+)
+
+
+class _Driver:
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def is_active(self) -> bool:
+        return True
+
+
+_getitem = torch.Tensor.__getitem__
+
+
+def _index(tensor: Tensor, item: Any) -> Tensor:
+    """Indexing without the device guard that a CPU build does not have."""
+    if not (isinstance(tensor, FakeTensor) and tensor.device.type == "cuda"):
+        return _getitem(tensor, item)
+    items = item if isinstance(item, tuple) else (item,)
+    missing = tensor.dim() - sum(i is not None and i is not Ellipsis for i in items)
+    dim, picks = 0, []
+    for i in items:
+        if i is Ellipsis:
+            dim += missing
+            picks += [None] * missing
+        elif i is None:
+            tensor = tensor.unsqueeze(dim)
+            dim += 1
+            picks.append(None)
+        elif isinstance(i, slice):
+            tensor = torch.ops.aten.slice.Tensor(tensor, dim, i.start, i.stop, i.step or 1)
+            dim += 1
+            picks.append(None)
+        elif isinstance(i, Tensor):
+            dim += 1
+            picks.append(i)
+        else:
+            tensor = tensor.select(dim, i)
+    if any(pick is not None for pick in picks):
+        tensor = torch.ops.aten.index.Tensor(tensor, picks)
+    return tensor
+
+
+@contextlib.contextmanager
+def fake_h100() -> Iterator[None]:
+    """Make Inductor believe in an H100, and index fake CUDA tensors."""
+    with contextlib.ExitStack() as stack:
+        replace = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+        replace(driver, "_active", _Driver())
+        properties = staticmethod(lambda device=None: H100)
+        replace(CudaInterface, "get_device_properties", properties)
+        replace(CudaInterface.Worker, "get_device_properties", properties)
+        replace(CudaInterface, "get_compute_capability", staticmethod(lambda device=None: 90))
+        replace(CudaInterface, "is_available", staticmethod(lambda: True))
+        replace(CudaInterface, "current_device", staticmethod(lambda: 0))
+        replace(torch.cuda, "get_device_properties", lambda device=None: H100)
+        replace(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+        replace(torch.cuda, "current_device", lambda: 0)
+        replace(Tensor, "__getitem__", _index)
+        replace(Tensor, "__invert__", lambda tensor: torch.bitwise_not(tensor))
+        # assert_indirect_indexing: device_assert does nothing but lengthen the code here.
+        stack.enter_context(config.patch(compile_threads=1, assert_indirect_indexing=False))
+        yield
+
+
+@dataclass
+class Generated:
+    """The wrappers that Inductor wrote, by what they are for."""
+
+    wrappers: dict[str, str] = field(default_factory=dict)
+
+    def kernels(self, which: str) -> dict[str, str]:
+        """Name and source of every Triton kernel of a wrapper."""
+        return dict(
+            re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", self.wrappers[which], re.S)
+        )
+
+    def launches(self, which: str) -> list[str]:
+        """Kernel launches of a wrapper in order: "name.run(…)" and "extern_kernels.name(…)"."""
+        return re.findall(
+            r"^ +(?:\w+ = )?((?:\w+\.run|extern_kernels\.\w+|torch\.ops\.\w+\S+)\(.*)$",
+            self.wrappers[which],
+            re.M,
+        )
+
+
+def _codegen(gm: torch.fx.GraphModule, inputs: list[Any], is_backward: bool) -> str:
+    fake_mode = next(i.fake_mode for i in inputs if isinstance(i, FakeTensor))
+    with V.set_fake_mode(fake_mode), V.set_debug_handler(DebugContext()):
+        graph = GraphLowering(
+            gm, example_inputs=inputs, shape_env=fake_mode.shape_env, is_backward=is_backward
+        )
+        with V.set_graph_handler(graph):
+            graph.run(*inputs)
+            code = graph.codegen()[0]
+    return str(getattr(code, "value", code))
+
+
+def generate(fn: Callable[..., Any], inputs: list[Tensor], **settings: Any) -> Generated:
+    """Generate code for a function of fake CUDA tensors, without autograd."""
+    with fake_h100(), inputs[0].fake_mode, config.patch(settings):  # type: ignore[attr-defined]
+        gm = make_fx(fn, select_decomp_table(), tracing_mode="real")(*inputs)
+        gm.graph.eliminate_dead_code()
+        gm.recompile()
+        return Generated({"graph": _codegen(gm, inputs, False)})
+
+
+@contextlib.contextmanager
+def recording(settings: dict[str, Any]) -> Iterator[Generated]:
+    """Within, what `compile_fx` compiles is generated and recorded, and computes nothing."""
+    generated = Generated()
+
+    def inner(gm: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
+        is_backward = bool(kwargs.get("is_backward"))
+        generated.wrappers["backward" if is_backward else "forward"] = _codegen(
+            gm, inputs, is_backward
+        )
+        outputs = [getattr(n, "meta", {}).get("val") for n in gm.graph.output_node().args[0]]
+
+        def run(args: list[Any]) -> list[Any]:
+            args.clear()
+            return list(outputs)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    with (
+        fake_h100(),
+        mock.patch(
+            "pamm_compile._compat.compile_fx", functools.partial(compile_fx, inner_compile=inner)
+        ),
+        torch._functorch.config.patch(
+            force_non_lazy_backward_lowering=True, enable_autograd_cache=False
+        ),
+        config.patch(force_disable_caches=True, **settings),
+    ):
+        yield generated
+
+
+def fake_inputs(make: Callable[[], list[Tensor]], shape_env: Any = None) -> list[Tensor]:
+    """Tensors of a fake mode; use device="cuda" freely."""
+    with FakeTensorMode(shape_env=shape_env):
+        return make()
