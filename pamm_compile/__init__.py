@@ -2,27 +2,37 @@
 
 from pamm_compile._version import __version__
 from pamm_compile.backend import Backend, backend
+from pamm_compile.compare import Arm, Comparison, compare_memory
 from pamm_compile.errors import (
     InvalidOptionError,
+    MeasurementError,
     NothingMatchedError,
     PammError,
     UnsupportedTorchError,
 )
 from pamm_compile.graph.match import Reason, register_attention
+from pamm_compile.measure import MemoryUse, SavedStorage, measure_memory
 from pamm_compile.report import GraphReport, Note, Report, SiteReport
 
 __all__ = [
+    "Arm",
     "Backend",
+    "Comparison",
     "GraphReport",
     "InvalidOptionError",
+    "MeasurementError",
+    "MemoryUse",
     "Note",
     "NothingMatchedError",
     "PammError",
     "Reason",
     "Report",
+    "SavedStorage",
     "SiteReport",
     "UnsupportedTorchError",
     "__version__",
     "backend",
+    "compare_memory",
+    "measure_memory",
     "register_attention",
 ]

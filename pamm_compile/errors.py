@@ -17,3 +17,7 @@ class NothingMatchedError(PammError, RuntimeError):
 
 class UnsupportedTorchError(PammError, ImportError):
     """The installed torch lacks an internal that pamm_compile relies on, or is too old."""
+
+
+class MeasurementError(PammError, RuntimeError):
+    """What was to be measured did not happen, or cannot be measured as asked."""

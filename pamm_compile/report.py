@@ -167,10 +167,10 @@ class Report:
 def _row(site: SiteReport) -> tuple[str, ...]:
     shape = " × ".join(map(str, site.shape))
     head = (_brief(site.parameters), shape, site.dtype)
-    if site.compressed:
-        sizes = (_size(site.bytes_before), _size(site.bytes_after))
-        return (*head, str(site.generators), *sizes)
     detail = f" ({site.detail})" if site.detail else ""
+    if site.compressed:
+        sizes = (_size(site.bytes_before), _size(site.bytes_after) + detail)
+        return (*head, str(site.generators), *sizes)
     return (*head, "-", _size(site.bytes_before), f"{site.reason}{detail}")
 
 

@@ -108,13 +108,20 @@ def _own_reason(joint: JointGraph, site: Site, options: Options) -> tuple[Reason
     closure, _ = joint.readers(site.chain.base)
     if any(_compat.is_recomputed(node.meta.get("recompute")) for node in closure):
         return Reason.RECOMPUTED, ""
-    returned = closure & joint.forward_outputs
-    if returned:
-        return Reason.RETURNED, ", ".join(sorted(node.name for node in returned))
     size = size_of(site, options)
     if size.tokens < options.min_tokens:
         return Reason.TOO_FEW_TOKENS, f"{size.tokens} < {options.min_tokens}"
     return None
+
+
+def is_returned(joint: JointGraph, site: Site) -> bool:
+    """Tell whether the graph returns a site's input, so that the caller may keep it alive.
+
+    Such a site is compressed all the same: its matmuls go, and trainers drop what a model returns
+    beside the loss before they run backward.
+    """
+    closure, _ = joint.readers(site.chain.base)
+    return not closure.isdisjoint(joint.forward_outputs)
 
 
 def _is_matrix(val: torch.Tensor) -> bool:

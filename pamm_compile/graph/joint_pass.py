@@ -13,7 +13,7 @@ import pamm_compile
 from pamm_compile import _compat
 from pamm_compile.config import Options
 from pamm_compile.errors import NothingMatchedError
-from pamm_compile.graph.decide import Decision, decide, size_of
+from pamm_compile.graph.decide import Decision, decide, is_returned, size_of
 from pamm_compile.graph.joint import JointGraph, value
 from pamm_compile.graph.match import Decline, Site, attention_operators, find_sites
 from pamm_compile.graph.rewrite import is_rewritten, rewrite
@@ -63,7 +63,7 @@ class JointPass(_compat.CustomGraphPass):  # type: ignore[misc]
             return
         joint = JointGraph(graph, self.parameter_names)
         decision = decide(joint, find_sites(joint, self.options.targets), self.options)
-        self.report = _report(decision, self.options)
+        self.report = _report(joint, decision, self.options)
         if self.apply:
             rewrite(graph, decision.accepted, self.options)
 
@@ -120,19 +120,19 @@ def check_strict(report: GraphReport) -> None:
     )
 
 
-def _report(decision: Decision, options: Options) -> GraphReport:
+def _report(joint: JointGraph, decision: Decision, options: Options) -> GraphReport:
     order = [*((site, None) for site in decision.accepted), *decision.declines]
     sites = [(site, decline) for site, decline in order if site is not None]
     sites.sort(key=lambda pair: pair[0].input)
     notes = [Note(d.reason.name, d.what, d.detail) for site, d in decision.declines if site is None]
-    return GraphReport(tuple(_site(s, d, options) for s, d in sites), tuple(notes))
+    return GraphReport(tuple(_site(joint, s, d, options) for s, d in sites), tuple(notes))
 
 
-def _site(site: Site, decline: Decline | None, options: Options) -> SiteReport:
+def _site(joint: JointGraph, site: Site, decline: Decline | None, options: Options) -> SiteReport:
     size = size_of(site, options)
     val = value(site.input)
     return SiteReport(
-        parameters=tuple(p.name for p in site.projections),
+        parameters=_parameters(site, trained_only=decline is None),
         shape=(size.tokens, size.features),
         dtype=str(val.dtype).removeprefix("torch."),
         generators=0 if decline else size.generators,
@@ -140,5 +140,17 @@ def _site(site: Site, decline: Decline | None, options: Options) -> SiteReport:
         bytes_after=size.bytes_before if decline else size.bytes_after,
         compressed=decline is None,
         reason=decline.reason.name if decline else None,
-        detail=decline.detail if decline else "",
+        detail=_detail(joint, site, decline),
     )
+
+
+def _parameters(site: Site, *, trained_only: bool) -> tuple[str, ...]:
+    weights = (w for p in site.projections for w in p.parameters)
+    names = (w.name for w in weights if w.gradient is not None or not trained_only)
+    return tuple(dict.fromkeys(names))
+
+
+def _detail(joint: JointGraph, site: Site, decline: Decline | None) -> str:
+    if decline is not None:
+        return decline.detail
+    return "also returned: freed only once the caller drops it" if is_returned(joint, site) else ""

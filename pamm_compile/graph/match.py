@@ -73,7 +73,6 @@ class Reason(enum.Enum):
     NO_WEIGHT_GRAD = "the weight has no gradient (frozen)"
     SHARED_INPUT = "the backward pass reads the input for something else too"
     RECOMPUTED = "the input is recomputed in the backward pass (activation checkpointing)"
-    RETURNED = "the graph returns the input, which keeps it alive"
     TOO_FEW_TOKENS = "fewer tokens than min_tokens"
     NOT_A_PROJECTION = "attention reads something that is not a matmul with a parameter"
     PROJECTION_IN_ANOTHER_GRAPH = "the projection is in another graph (graph break)"

@@ -77,11 +77,29 @@ def _compress_site(
             )
         )
 
-    compressed, _ = _insert(graph, cursor, compress_input, [x, seeds[device]], "is_forward")
-    for node in compressed:
-        # With a memory budget below 1 the partitioner would recompute these, and X with them.
-        node.meta["recompute"] = _compat.MUST_SAVE
+    compressed, cursor = _insert(graph, cursor, compress_input, [x, seeds[device]], "is_forward")
+    _force_saved(graph, compressed, cursor)
     return compressed
+
+
+def _force_saved(graph: Graph, compressed: Sequence[Node], cursor: Node) -> None:
+    """Make the partitioner save these nodes at any memory budget.
+
+    Left alone it recomputes them below a budget of 1, and X with them. It heeds MUST_SAVE only on
+    nodes that the forward outputs need, and never on getitem; an assertion on a node's dtype counts
+    as such a need, and is dropped by the partitioner and by Inductor once the graphs are split.
+    """
+    for node in compressed:
+        node.meta["recompute"] = _compat.MUST_SAVE
+        if op_name(node) == "":
+            node.all_input_nodes[0].meta["recompute"] = _compat.MUST_SAVE
+        with graph.inserting_after(cursor):
+            cursor = graph.call_function(
+                torch.ops.aten._assert_tensor_metadata.default,
+                (node,),
+                {"dtype": value(node).dtype},
+            )
+        cursor.meta["partitioner_tag"] = "is_forward"
 
 
 def _replace_gradients(graph: Graph, site: Site, compressed: Sequence[Node]) -> None:
@@ -161,4 +179,7 @@ def _insert(
             with graph.inserting_after(cursor):
                 cursor = env[node] = graph.node_copy(node, env.__getitem__)
             cursor.meta["partitioner_tag"] = phase
+            # Annotations (memory-budget regions, streams) must cover what stands among them.
+            if "custom" in after.meta:
+                cursor.meta["custom"] = after.meta["custom"]
     raise AssertionError("a traced graph ends with an output")

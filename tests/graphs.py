@@ -1,0 +1,129 @@
+"""Run a model through AOTAutograd with our pass, and keep every graph on the way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from pamm_compile import _compat
+from pamm_compile.backend import parameter_names
+from pamm_compile.config import Options
+from pamm_compile.graph.decide import decide
+from pamm_compile.graph.joint import JointGraph, op_name
+from pamm_compile.graph.joint_pass import JointPass
+from pamm_compile.graph.match import find_sites
+from pamm_compile.report import GraphReport
+
+
+@dataclass
+class Captured:
+    """The graphs of one compilation; of the last joint graph, if there were several."""
+
+    before: str = ""
+    after: str = ""
+    joint: Graph | None = None
+    forward: Graph | None = None
+    backward: Graph | None = None
+    report: GraphReport = field(default_factory=GraphReport)
+    inputs: list[set[str]] = field(default_factory=list)
+    """Per compressed site, the names of the nodes that are its input X in some arrangement."""
+
+    def saved(self) -> list[Node]:
+        """Return what the forward graph saves for the backward graph."""
+        assert self.forward is not None
+        assert self.backward is not None
+        wanted = {node.name for node in self.backward.find_nodes(op="placeholder")}
+        outputs = self.forward.output_node().args[0]
+        return [n for n in outputs if isinstance(n, Node) and n.name in wanted]
+
+    def saved_bytes(self) -> int:
+        return sum(n.meta["val"].nbytes for n in self.saved() if isinstance(n.meta["val"], Tensor))
+
+
+def capturing_backend(
+    captured: Captured, options: Options, *, decompose: bool, apply: bool = True
+) -> Callable[..., Any]:
+    """Return a Dynamo backend that partitions as Inductor does and runs the parts eagerly."""
+
+    def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        joint_pass = JointPass(options, parameter_names(gm), apply=apply)
+        # A graph break puts the loss in a graph of its own; the one with sites is what counts.
+        kept = Captured() if captured.inputs else captured
+
+        def partition(module: GraphModule, *args: Any, **kwargs: Any) -> Any:
+            kept.before = module.print_readable(print_output=False)
+            joint = JointGraph(module.graph, joint_pass.parameter_names)
+            sites = decide(joint, find_sites(joint, options.targets), options).accepted
+            bases = [joint.readers(site.chain.base)[0] for site in sites]
+            kept.inputs = [{node.name for node in nodes} for nodes in bases]
+            joint_pass(module.graph)
+            module.recompile()
+            kept.after = module.print_readable(print_output=False)
+            kept.joint = module.graph
+            assert joint_pass.report is not None
+            kept.report = joint_pass.report
+            return _compat.min_cut_rematerialization_partition(module, *args, **kwargs)
+
+        def keep(name: str) -> Callable[..., Any]:
+            def compiler(part: GraphModule, example_inputs: list[Any]) -> Any:
+                setattr(kept, name, part.graph)
+                return _compat.boxed_nop(part, example_inputs)
+
+            return compiler
+
+        return _compat.aot_autograd(
+            fw_compiler=keep("forward"),
+            bw_compiler=keep("backward"),
+            inference_compiler=_compat.boxed_nop,
+            decompositions=_compat.select_decomp_table() if decompose else None,
+            partition_fn=partition,
+            keep_inference_input_mutations=True,
+        )(gm, inputs)
+
+    return backend
+
+
+@contextlib.contextmanager
+def memory_budget(budget: float) -> Iterator[None]:
+    # Caches would answer with the partition of another budget, or skip the pass.
+    with functorch_config.patch(activation_memory_budget=budget, enable_autograd_cache=False):
+        yield
+
+
+@dataclass
+class Run:
+    """The loss and gradients of one step."""
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+
+
+def step(
+    model: nn.Module,
+    compiled: Callable[..., Any],
+    batch: dict[str, Any],
+    loss_of: Callable[[Any], Tensor],
+    *,
+    autocast: bool = False,
+    seed: int = 1,
+) -> Run:
+    """Run one forward and backward pass from a fixed seed."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = loss_of(compiled(**batch))
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return Run(loss.detach().clone(), grads)
+
+
+def operators(graph: Graph) -> list[str]:
+    """Return the operator names of a graph, in order."""
+    return [op_name(node) for node in graph.nodes]
