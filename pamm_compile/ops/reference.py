@@ -127,13 +127,13 @@ def contract(index: Tensor, scale: Tensor, grads: Sequence[Tensor], num_generato
     ends = list(accumulate(grad.shape[1] for grad in grads))
     out = torch.zeros(num_generators, ends[-1], dtype=compute, device=index.device)
     on_cpu = index.device.type == "cpu"
-    # On a CPU every tile is added to all of `out`, which is to stay the smaller of the two.
-    tiles = _tiles(
-        index.device,
-        index.shape[0],
-        max(grad.shape[1] for grad in grads),
-        least=4 * num_generators if on_cpu else 1,
-    )
+    least = 1
+    if on_cpu:
+        # Tiles bound the gradient's copy in `compute`, where there is one. Each is added to all of
+        # `out`, which is to stay the smaller of the two.
+        least = index.shape[0] if grads[0].dtype == compute else 4 * num_generators
+    widest = max(grad.shape[1] for grad in grads)
+    tiles = _tiles(index.device, index.shape[0], widest, least)
     for start in tiles:
         rows = slice(start, start + tiles.step)
         members, alpha = index[rows].long(), scale[rows].to(compute)
