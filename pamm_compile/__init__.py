@@ -10,6 +10,7 @@ from pamm_compile.errors import (
     PammError,
     UnsupportedTorchError,
 )
+from pamm_compile.explain import explain
 from pamm_compile.graph.match import Reason, register_attention
 from pamm_compile.measure import MemoryUse, SavedStorage, measure_memory
 from pamm_compile.report import GraphReport, Note, Report, SiteReport
@@ -33,6 +34,7 @@ __all__ = [
     "__version__",
     "backend",
     "compare_memory",
+    "explain",
     "measure_memory",
     "register_attention",
 ]

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-
 from torch.utils.checkpoint import CheckpointPolicy
 
 from pamm_compile.errors import UnsupportedTorchError
@@ -108,6 +107,7 @@ make_fx = resolve("torch.fx.experimental.proxy_tensor:make_fx")
 cache_dir: Callable[[], str] = resolve("torch._inductor.runtime.runtime_utils:cache_dir")
 trace_structured = resolve("torch._logging:trace_structured")
 
+functorch_config = importlib.import_module("torch._functorch.config")
 inductor_config = importlib.import_module("torch._inductor.config")
 
 _descriptors = "torch._functorch._aot_autograd.descriptors:"
@@ -225,7 +225,8 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> torch.fx.GraphM
     """
     mode = detect_fake_mode(fakes)
     with mode, enable_python_dispatcher():
-        traced = make_fx(function, select_decomp_table(), tracing_mode="real")(*fakes)
+        tracer = make_fx(function, select_decomp_table(), tracing_mode="real")
+        traced: torch.fx.GraphModule = tracer(*fakes)
     traced.graph.eliminate_dead_code()
     return traced
 
@@ -434,3 +435,9 @@ def select_choice(
 def is_template_output(node: Any) -> bool:
     """Tell whether a node that `select_choice` returned is a Triton template's."""
     return isinstance(node.data.data, lowering_symbol("TritonTemplateBuffer"))
+
+
+def without_autograd_cache() -> AbstractContextManager[None]:
+    """Return a context in which AOTAutograd traces every graph, so that our pass runs."""
+    context: AbstractContextManager[None] = functorch_config.patch(enable_autograd_cache=False)
+    return context

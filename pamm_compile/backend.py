@@ -1,26 +1,23 @@
-"""The backend: Dynamo's graph in, Inductor with our joint-graph pass installed, compiled code out."""
+"""The backend: Dynamo's graph in, Inductor with our joint-graph pass, compiled code out."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from pamm_compile import _compat
+from pamm_compile import _compat, lowering
 from pamm_compile.config import Base, Options, Targets, unknown_option
 from pamm_compile.graph.joint_pass import JointPass, PassChain, check_strict
 from pamm_compile.ops.compression import Sampling
-from pamm_compile.report import GraphReport, Report
+from pamm_compile.recorded import RecordedReport
+from pamm_compile.report import Report
 
 log = logging.getLogger("pamm_compile")
 
@@ -59,9 +56,9 @@ class Backend:
         mode, settings = mode or self._mode, {**dict(self._settings), **(options or {})}
         inductor = inductor_settings(mode, settings)
         joint_pass = JointPass(self.options, parameter_names(gm))
-        recorded = _RecordedReport(gm, joint_pass, example_inputs)
+        recorded = RecordedReport(gm, joint_pass, example_inputs)
         if self.options.base == "aot_eager":
-            compiled = _compile_eager(gm, example_inputs, joint_pass)
+            compiled = compile_eager(gm, example_inputs, joint_pass)
         else:
             compiled = _compile_inductor(gm, example_inputs, joint_pass, inductor)
         report = recorded.settle(joint_pass.report)
@@ -206,11 +203,13 @@ def inductor_settings(mode: str | None, options: Mapping[str, Any] | None) -> di
     return _compat.inductor_settings(mode, options)
 
 
-def parameter_names(gm: GraphModule) -> dict[str, str]:
+def parameter_names(gm: GraphModule, known: Mapping[int, str] | None = None) -> dict[str, str]:
     """Return the name of every parameter of a graph that Dynamo captured, by its input key.
 
     Args:
         gm: as handed to a backend.
+        known: names by `id` of the parameter, where the model is at hand; for others a name is
+            read off the expression by which Dynamo reached the parameter.
 
     Returns:
         Names such as "model.layers.0.self_attn.q_proj.weight".
@@ -218,7 +217,8 @@ def parameter_names(gm: GraphModule) -> dict[str, str]:
     names = {}
     for position, (example, source) in enumerate(_compat.dynamo_inputs(gm)):
         if isinstance(example, torch.nn.Parameter):
-            names[_compat.plain_input_key(position)] = _readable(source) or f"input {position}"
+            read = _readable(source) or f"input {position}"
+            names[_compat.plain_input_key(position)] = (known or {}).get(id(example), read)
     for name, _ in gm.named_parameters():
         names[f"parameter:{name}"] = name
     return names
@@ -233,48 +233,10 @@ def _readable(source: str) -> str:
     return re.sub(r"^_orig_mod\.|^fn\.", "", name)
 
 
-class _RecordedReport:
-    """A graph's report, kept beside Inductor's caches.
-
-    When a cache answers, our pass does not run; what it found when the entry was made is then read
-    back. The key holds everything the pass looks at.
-    """
-
-    def __init__(self, gm: GraphModule, joint_pass: JointPass, inputs: list[Any]) -> None:
-        text = [joint_pass.uuid(), torch.__version__, gm.print_readable(print_output=False)]
-        text += [f"{k} {v}" for k, v in joint_pass.parameter_names.items()]
-        for each in inputs:
-            is_tensor = isinstance(each, torch.Tensor)
-            text.append(
-                f"{each.dtype} {list(each.shape)} {each.requires_grad}" if is_tensor else str(each)
-            )
-        text.append(str(torch.is_grad_enabled()))
-        digest = hashlib.sha256("\n".join(text).encode()).hexdigest()
-        self._path = Path(_compat.cache_dir()) / "pamm_compile" / f"{digest}.json"
-
-    def settle(self, made: GraphReport | None) -> GraphReport:
-        """Keep the report that the pass made, or return the one kept when it last ran."""
-        if made is not None:
-            self._write(made)
-            return made
-        if not self._path.exists():
-            # Neither traced now nor before: AOTAutograd had nothing to differentiate.
-            return GraphReport(training=False)
-        return GraphReport.from_dict(json.loads(self._path.read_text()))
-
-    def _write(self, made: GraphReport) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Other processes may compile the same graph: rename is atomic, write is not.
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self._path.parent, suffix=".tmp", delete=False
-        ) as file:
-            json.dump(made.to_dict(), file)
-        os.replace(file.name, self._path)
-
-
 def _compile_inductor(
     gm: GraphModule, inputs: list[Any], joint_pass: JointPass, settings: dict[str, Any]
 ) -> Callable[..., Any]:
+    lowering.register()
     there = settings.get("joint_custom_pre_pass", _compat.inductor_config.joint_custom_pre_pass)
     earlier = list(there) if isinstance(there, list | tuple) else [there] if there else []
     chain = PassChain([*earlier, joint_pass]) if earlier else joint_pass
@@ -284,7 +246,21 @@ def _compile_inductor(
     return compiled
 
 
-def _compile_eager(gm: GraphModule, inputs: list[Any], joint_pass: JointPass) -> Callable[..., Any]:
+def compile_eager(
+    gm: GraphModule, inputs: list[Any], joint_pass: JointPass, *, decompose: bool = False
+) -> Callable[..., Any]:
+    """Run a pass on a graph's joint graph, partition it, and run the parts operator by operator.
+
+    Args:
+        gm: Dynamo's graph.
+        inputs: its inputs.
+        joint_pass: our pass.
+        decompose: trace with Inductor's decompositions, as the real compilation does.
+
+    Returns:
+        The graph as a function.
+    """
+
     @functools.wraps(_compat.min_cut_rematerialization_partition)
     def partition(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
         joint_pass(joint.graph)
@@ -294,6 +270,7 @@ def _compile_eager(gm: GraphModule, inputs: list[Any], joint_pass: JointPass) ->
     compiled: Callable[..., Any] = _compat.aot_autograd(
         fw_compiler=_compat.boxed_nop,
         bw_compiler=_compat.boxed_nop,
+        decompositions=_compat.select_decomp_table() if decompose else None,
         partition_fn=partition,
         keep_inference_input_mutations=True,
     )(gm, inputs)

@@ -35,9 +35,10 @@ def _integer(name: str, given: object, least: int, hint: str, most: int | None =
     allowed = f"an integer of at least {least}" + (f" and at most {most}" if most else "")
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise _reject(name, given, allowed, hint)
-    if given < least or (most is not None and given > most):
+    number = int(given)
+    if number < least or (most is not None and number > most):
         raise _reject(name, given, allowed, hint)
-    return int(given)
+    return number
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ class Options:
             object.__setattr__(self, name, _integer(name, getattr(self, name), 1, hint))
         hint = "Another seed draws other generators from the same activations."
         object.__setattr__(self, "seed", _integer("seed", self.seed, 0, hint, _SEED_LIMIT - 1))
-        if not isinstance(self.strict, bool):
+        strict: object = self.strict
+        if not isinstance(strict, bool):
             hint = "True raises when a training graph has no compressed site."
-            raise _reject("strict", self.strict, "True or False", hint)
+            raise _reject("strict", strict, "True or False", hint)
 
     def _check_epsilon(self) -> None:
         if self.epsilon is None:

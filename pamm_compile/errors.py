@@ -1,4 +1,4 @@
-"""What can go wrong, one class per cause; every message says what was given, what is allowed, what to do."""
+"""One class per cause; every message says what was given, what is allowed and what to do."""
 
 from __future__ import annotations
 

@@ -187,6 +187,13 @@ class JointGraph:
         return frozenset(found)
 
     @cached_property
+    def _only_for_gradients(self) -> frozenset[Node]:
+        """Every node that some gradient needs and no forward output."""
+        outputs = set(self.output.all_input_nodes)
+        needed = set(self.walk_back(outputs, lambda _: False))
+        return frozenset(needed - set(self.walk_back(self.forward_outputs, lambda _: False)))
+
+    @cached_property
     def _gradients(self) -> dict[str, Node]:
         descs = self.output.meta["desc"]
         outputs = self.output.args[0]
@@ -266,7 +273,7 @@ class JointGraph:
         return op_name(node) not in _GRADIENT_PATH and not _is_getitem(node)
 
     def walk_back(self, starts: Iterable[Node], ends: Callable[[Node], bool]) -> Iterator[Node]:
-        """Yield every ancestor of `starts`, themselves included, not going past where `ends` holds."""
+        """Yield all ancestors of `starts` and these, not going past where `ends` holds."""
         stack, seen = list(starts), set(starts)
         while stack:
             node = stack.pop()
@@ -286,7 +293,8 @@ class JointGraph:
 
         Returns:
             closure: `base` and everything that only rearranges or casts it, in either phase.
-            backward: the backward nodes outside the closure that read one of these.
+            backward: what is computed from these for a gradient alone, whether it depends on a
+                tangent or not (the 1 − tanh² of a decomposed tanh does not).
         """
         closure, stack = {base}, [base]
         backward: set[Node] = set()
@@ -294,11 +302,11 @@ class JointGraph:
             for user in stack.pop().users:
                 if user in closure or user.op == "output":
                     continue
-                if user in self.backward:
-                    backward.add(user)
-                elif is_chain_step(user):
+                if is_chain_step(user) and user not in self.backward:
                     closure.add(user)
                     stack.append(user)
+                elif user in self._only_for_gradients:
+                    backward.add(user)
         return closure, backward
 
 
