@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.device_interface import CudaInterface
 from torch._inductor import config
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, record_original_output_strides
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -104,6 +107,9 @@ def fake_h100() -> Iterator[None]:
         replace(Tensor, "__getitem__", _index)
         replace(Tensor, "__invert__", lambda tensor: torch.bitwise_not(tensor))
         # assert_indirect_indexing: device_assert does nothing but lengthen the code here.
+        # Answers given before, and those given now, hold on their own side only.
+        has_triton.cache_clear()
+        stack.callback(has_triton.cache_clear)
         stack.enter_context(config.patch(compile_threads=1, assert_indirect_indexing=False))
         yield
 
@@ -150,34 +156,53 @@ def generate(fn: Callable[..., Any], inputs: list[Tensor], **settings: Any) -> G
         return Generated({"graph": _codegen(gm, inputs, False)})
 
 
+def _moved(gm: torch.fx.GraphModule, inputs: list[Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
+    """A graph traced on the CPU, as it is on the GPU: autograd refuses fake CUDA tensors."""
+    gm = copy.deepcopy(gm)
+    gpu = torch.device("cuda", 0)
+    for node in gm.graph.nodes:
+        swap = lambda arg: gpu if isinstance(arg, torch.device) else arg  # noqa: E731
+        node.args = torch.fx.node.map_aggregate(node.args, swap)
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, swap)
+    gm.recompile()
+    fake_mode = next(i.fake_mode for i in inputs if isinstance(i, FakeTensor))
+    with fake_mode:
+        inputs = [
+            torch.empty_strided(i.shape, i.stride(), dtype=i.dtype, device=gpu)
+            if isinstance(i, Tensor)
+            else i
+            for i in inputs
+        ]
+    FakeTensorProp(gm, fake_mode).propagate_dont_convert_inputs(*inputs)
+    record_original_output_strides(gm)
+    return gm, inputs
+
+
 @contextlib.contextmanager
-def recording(settings: dict[str, Any]) -> Iterator[Generated]:
-    """Within, what `compile_fx` compiles is generated and recorded, and computes nothing."""
+def recording(**settings: Any) -> Iterator[Generated]:
+    """Within, what our backend compiles runs eagerly on the CPU; its GPU code is recorded."""
     generated = Generated()
 
     def inner(gm: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         is_backward = bool(kwargs.get("is_backward"))
-        generated.wrappers["backward" if is_backward else "forward"] = _codegen(
-            gm, inputs, is_backward
-        )
-        outputs = [getattr(n, "meta", {}).get("val") for n in gm.graph.output_node().args[0]]
+        with fake_h100(), config.patch(settings):
+            generated.wrappers["backward" if is_backward else "forward"] = _codegen(
+                *_moved(gm, inputs), is_backward
+            )
 
-        def run(args: list[Any]) -> list[Any]:
+        def run(args: list[Any]) -> Any:
+            outputs = gm(*args)
             args.clear()
-            return list(outputs)
+            return outputs
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
+    inductor = functools.partial(compile_fx, inner_compile=inner)
     with (
-        fake_h100(),
-        mock.patch(
-            "pamm_compile._compat.compile_fx", functools.partial(compile_fx, inner_compile=inner)
-        ),
-        torch._functorch.config.patch(
-            force_non_lazy_backward_lowering=True, enable_autograd_cache=False
-        ),
-        config.patch(force_disable_caches=True, **settings),
+        mock.patch("pamm_compile._compat.compile_fx", inductor),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+        config.patch(force_disable_caches=True),
     ):
         yield generated
 

@@ -12,7 +12,7 @@ import interpreter
 import pytest
 import torch
 from fake_gpu import fake_inputs, generate
-from torch import Tensor, nn
+from torch import Tensor
 from torch._inductor import select_algorithm
 
 from pamm_compile import lowering
@@ -241,28 +241,3 @@ def test_cpu_runs_the_eager_kernels() -> None:
     inputs = [x, x[:12].clone(), *grads]
     run = both(12, True)
     torch.testing.assert_close(torch.compile(run)(*inputs), run(*inputs))
-
-
-class Block(nn.Module):
-    """The attention of a pre-norm transformer layer, with grouped queries."""
-
-    def __init__(self, width: int, heads: int, kv_heads: int) -> None:
-        super().__init__()
-        self.heads, self.kv_heads, self.size = heads, kv_heads, width // heads
-        self.norm = nn.RMSNorm(width)
-        self.q = nn.Linear(width, width, bias=False)
-        self.k = nn.Linear(width, kv_heads * self.size, bias=False)
-        self.v = nn.Linear(width, kv_heads * self.size, bias=False)
-        self.o = nn.Linear(width, width, bias=False)
-
-    def forward(self, h: Tensor) -> Tensor:
-        x = self.norm(h)
-        b, s, _ = x.shape
-        q, k, v = (
-            p(x).view(b, s, heads, self.size).transpose(1, 2)
-            for p, heads in ((self.q, self.heads), (self.k, self.kv_heads), (self.v, self.kv_heads))
-        )
-        out = nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, enable_gqa=self.heads != self.kv_heads
-        )
-        return h + self.o(out.transpose(1, 2).reshape(b, s, -1))

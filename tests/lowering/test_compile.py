@@ -156,7 +156,7 @@ def check(compiled: Compiled, device: Device) -> None:
 
 
 def check_streaming(compiled: Compiled, gpu: str) -> None:
-    """Rows come in 16 bytes at a time, straight into shared memory, and Hopper uses its own matmul."""
+    """Rows come 16 bytes at a time, straight into shared memory; Hopper uses its own matmul."""
     ptx = compiled.kernel.asm["ptx"]
     assert "cp.async.cg.shared.global" in ptx
     assert ("wgmma.mma_async" in ptx) == (gpu == "sm_90")
