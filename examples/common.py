@@ -1,0 +1,282 @@
+"""What the examples share: text, models, options, and facts about the machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import math
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+# torch.profiler's backend reads this when torch is imported, and else prints a line per start.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+import psutil
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
+
+import pamm_compile
+
+MODELS = ("llama", "gpt2", "roberta")
+
+_BYTES = 256
+_MASK = 256
+_MASKED_SHARE = 0.15
+_VALIDATION_EVERY = 20
+_LEAST_TEXT = 1_000_000
+
+
+class Text:
+    """The Python standard library's own sources, as bytes.
+
+    Files are taken in the order of their paths; every 20th is for validation. Packages installed
+    beside the library, and tests, are left out.
+    """
+
+    def __init__(self) -> None:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        files = sorted(
+            path.relative_to(root).as_posix()
+            for path in root.rglob("*.py")
+            if not left_out.intersection(path.relative_to(root).parts)
+        )
+        # RoBERTa's padding is byte 0, which no source needs.
+        texts = [(root / file).read_bytes().replace(b"\0", b"") for file in files]
+        validation = b"".join(texts[::_VALIDATION_EVERY])
+        del texts[::_VALIDATION_EVERY]
+        train = b"".join(texts)
+        if len(train) < _LEAST_TEXT:
+            raise SystemExit(
+                f"{root} holds {len(train):,} bytes of Python sources, too few to train on; "
+                "run this with a Python whose standard library is installed as .py files."
+            )
+        self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
+        self.validation = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
+
+
+def draw(
+    text: Tensor, model: str, batch: int, sequence: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Draw a batch of random windows of a text.
+
+    Args:
+        text: uint8 [bytes].
+        model: one of MODELS; "roberta" gets 15 % of its bytes masked.
+        batch: windows.
+        sequence: bytes a window.
+        generator: decides which.
+
+    Returns:
+        "input_ids" and "labels", int64 [batch, sequence], as the models of Transformers take them.
+    """
+    starts = torch.randint(len(text) - sequence, (batch, 1), generator=generator)
+    ids = text[starts + torch.arange(sequence)].long()
+    if model != "roberta":
+        return {"input_ids": ids, "labels": ids.clone()}
+    masked = torch.rand(ids.shape, generator=generator) < _MASKED_SHARE
+    return {"input_ids": ids.masked_fill(masked, _MASK), "labels": ids.masked_fill(~masked, -100)}
+
+
+def build(args: argparse.Namespace) -> nn.Module:
+    """Build one of Transformers' own classes from its configuration, with random weights."""
+    shape = {"num_hidden_layers": args.layers, "num_attention_heads": args.heads}
+    if args.model == "llama":
+        config = LlamaConfig(
+            **shape,
+            vocab_size=_BYTES,
+            hidden_size=args.hidden,
+            # Three matrices of 8/3 · hidden do the work of two of 4 · hidden, as in LLaMA.
+            intermediate_size=math.ceil(args.hidden * 8 / 3 / 32) * 32,
+            max_position_embeddings=args.sequence,
+            attention_dropout=args.dropout,
+            use_cache=False,
+        )
+        return LlamaForCausalLM(config)
+    if args.model == "gpt2":
+        config = GPT2Config(
+            vocab_size=_BYTES,
+            n_embd=args.hidden,
+            n_layer=args.layers,
+            n_head=args.heads,
+            n_positions=args.sequence,
+            resid_pdrop=args.dropout,
+            embd_pdrop=args.dropout,
+            attn_pdrop=args.dropout,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
+        return GPT2LMHeadModel(config)
+    config = RobertaConfig(
+        **shape,
+        vocab_size=_BYTES + 1,
+        hidden_size=args.hidden,
+        intermediate_size=4 * args.hidden,
+        # Positions begin behind the padding token's number.
+        max_position_embeddings=args.sequence + 1,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        type_vocab_size=1,
+        hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.dropout,
+    )
+    return RobertaForMaskedLM(config)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model runs on what."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", choices=MODELS, default="llama")
+    group.add_argument("--layers", type=positive, default=4)
+    group.add_argument("--hidden", type=positive, default=128, help="features, n (default: 128)")
+    group.add_argument("--heads", type=positive, default=4)
+    group.add_argument("--dropout", type=float, default=0.0)
+    group.add_argument("--batch", type=positive, default=16, help="windows a step (default: 16)")
+    group.add_argument(
+        "--sequence", type=positive, default=256, help="bytes a window (default: 256)"
+    )
+    group.add_argument("--device", default=default_device(), help="default: %(default)s")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="bfloat16 is autocast, with float32 weights (default: float32)",
+    )
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+
+
+def add_backend_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `pamm_compile.backend` other than the ratio."""
+    group = parser.add_argument_group("PAMM")
+    group.add_argument(
+        "--epsilon", type=float, help="drop tokens farther from their generator (default: ∞)"
+    )
+    group.add_argument("--sampling", choices=("stratified", "uniform"), default="stratified")
+    group.add_argument("--min-generators", type=positive, default=1, help="least k (default: 1)")
+    group.add_argument("--min-tokens", type=positive, default=256, help="default: 256")
+    group.add_argument(
+        "--targets",
+        default="qkv",
+        help="qkv, linear, or a regular expression for parameter names (default: qkv)",
+    )
+    group.add_argument("--mode", help="as torch.compile's, for every compiled run")
+
+
+def positive(text: str) -> int:
+    """Parse a positive integer."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive integer")
+    return number
+
+
+def make_backend(args: argparse.Namespace, ratio: float) -> pamm_compile.Backend:
+    """Make the backend that the options ask for, with an empty report."""
+    targets = args.targets if args.targets in ("qkv", "linear") else re.compile(args.targets)
+    backend = pamm_compile.backend(
+        ratio=ratio,
+        epsilon=args.epsilon,
+        sampling=args.sampling,
+        min_generators=args.min_generators,
+        min_tokens=args.min_tokens,
+        targets=targets,
+        seed=args.seed,
+    )
+    # The same options give the same object: what it compiled before is not of this run.
+    backend.report.clear()
+    return backend
+
+
+def prepare(args: argparse.Namespace) -> torch.device:
+    """Check the device, set threads and seed."""
+    if args.hidden % args.heads:
+        raise SystemExit(f"--hidden {args.hidden} is not a multiple of --heads {args.heads}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    device = torch.device(args.device)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {args.device} does not work here: {error}") from error
+    return device
+
+
+def precision(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any]:
+    """Return autocast, or nothing for float32."""
+    if args.dtype == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(args.device).type, getattr(torch, args.dtype))
+
+
+def default_device() -> str:
+    """Return the accelerator's type if there is one."""
+    accelerator = torch.accelerator.current_accelerator()
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was launched on a device."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def environment(args: argparse.Namespace) -> dict[str, str]:
+    """Return the machine and the versions that decide what a run measures."""
+    facts = {"machine": f"{processor()}, {torch.get_num_threads()} threads"}
+    facts["memory"] = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
+    if torch.device(args.device).type == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name(args.device)
+    facts["system"] = platform.platform(terse=True)
+    facts["python"] = platform.python_version()
+    for package in ("torch", "triton", "transformers", "pamm-compile"):
+        try:
+            facts[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            facts[package] = "none"
+    return facts
+
+
+def processor() -> str:
+    """Return the name of the CPU."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = re.findall(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE)
+        if names:
+            return names[0].strip()
+    return platform.processor() or platform.machine()
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Align rows, the first column to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    rule = ["─" * width for width in widths]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, rule, *rows)
+    )
+
+
+def mebibytes(count: int) -> str:
+    """Write a number of bytes in MiB."""
+    return f"{count / 2**20:.1f}"
