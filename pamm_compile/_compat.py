@@ -44,6 +44,8 @@ GRAPH_SYMBOLS = (
     "torch._inductor.pattern_matcher:stable_topological_sort",
     "torch._inductor.runtime.runtime_utils:cache_dir",
     "torch._logging:trace_structured",
+    "torch._ops:HigherOrderOperator",
+    "torch._ops:OpOverload",
     "torch.fx.experimental.proxy_tensor:make_fx",
 )
 """Private symbols of the graph rooms, as "module:attribute"."""
@@ -106,6 +108,8 @@ enable_python_dispatcher = resolve("torch._dispatch.python:enable_python_dispatc
 make_fx = resolve("torch.fx.experimental.proxy_tensor:make_fx")
 cache_dir: Callable[[], str] = resolve("torch._inductor.runtime.runtime_utils:cache_dir")
 trace_structured = resolve("torch._logging:trace_structured")
+HigherOrderOperator: type = resolve("torch._ops:HigherOrderOperator")
+OpOverload: type = resolve("torch._ops:OpOverload")
 
 functorch_config = importlib.import_module("torch._functorch.config")
 inductor_config = importlib.import_module("torch._inductor.config")

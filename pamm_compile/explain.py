@@ -46,7 +46,7 @@ def explain(
 
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         with (
             torch.random.fork_rng(sorted(d for d in devices if d is not None)),
@@ -55,7 +55,7 @@ def explain(
         ):
             torch.compile(model, backend=look)(*args, **kwargs)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

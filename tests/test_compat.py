@@ -1,0 +1,82 @@
+"""Private torch: every symbol is named in one place, and its loss is reported by name."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import pamm_compile
+from pamm_compile import _compat
+
+SYMBOLS = [*_compat.GRAPH_SYMBOLS, *_compat.MEASURE_SYMBOLS, *_compat.LOWERING_SYMBOLS]
+PACKAGE = Path(pamm_compile.__file__).parent
+
+
+@pytest.mark.parametrize("symbol", SYMBOLS)
+def test_this_torch_has(symbol: str) -> None:
+    _compat.resolve(symbol)
+
+
+def _private_names(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        # torch._check is documented, for the shape functions of custom operators.
+        found += [n for n in names if re.match(r"torch\._[^_]", n) and n != "torch._check"]
+    return found
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in sorted(PACKAGE.rglob("*.py")) if p.name != "_compat.py"],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
+def test_no_other_file_uses_private_torch(path: Path) -> None:
+    assert _private_names(path) == []
+
+
+def test_the_check_for_private_torch_can_fail(tmp_path: Path) -> None:
+    source = tmp_path / "source.py"
+    source.write_text("import torch\nfrom torch._inductor import ir\ntorch._dynamo.reset()\n")
+    assert set(_private_names(source)) >= {"torch._inductor.ir", "torch._dynamo.reset"}
+
+
+def test_what_compat_resolves_is_listed() -> None:
+    tree = ast.parse((PACKAGE / "_compat.py").read_text())
+    literals = {
+        node.args[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and getattr(node.func, "id", "") == "resolve"
+        and isinstance(node.args[0], ast.Constant)
+    }
+    assert literals <= set(SYMBOLS)
+
+
+def test_a_missing_symbol_is_named() -> None:
+    with pytest.raises(
+        pamm_compile.UnsupportedTorchError,
+        match=r"has no torch\._inductor\.nowhere, which pamm_compile needs. Supported: torch 2\.11",
+    ):
+        _compat.resolve("torch._inductor:nowhere")
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.10.0+cpu"])
+def test_an_old_torch_is_refused(version: str) -> None:
+    with pytest.raises(pamm_compile.UnsupportedTorchError, match=f"torch {version[:4]}.* too old"):
+        _compat.check_torch_version(version)
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "2.15.0.dev20261101", "3.0.0a0"])
+def test_a_newer_torch_is_not(version: str) -> None:
+    _compat.check_torch_version(version)
