@@ -65,9 +65,12 @@ def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
             Tile(64, columns, depth, 4, 3),
             Tile(64, columns, depth, 4, 4),
         ]
-    smallest = Tile(32, min(columns, 32), min(depth, 32), 4, 2)
-    fitting = [t for t in wanted if t.fits(device, itemsize, (t.rows + t.columns) * t.depth)]
-    return fitting or [smallest]
+    spare = [Tile(64, min(columns, most), depth, 4, 2) for most in (128, 64)]
+    for ways in (wanted, spare):
+        fitting = [t for t in ways if t.fits(device, itemsize, (t.rows + t.columns) * t.depth)]
+        if fitting:
+            return fitting
+    return [Tile(32, min(columns, 32), min(depth, 32), 4, 2)]
 
 
 @functools.cache

@@ -144,8 +144,10 @@ def sample_rows(
         return torch.topk(keys, k, sorted=False).indices
     j = torch.arange(k, device=seed.device)
     u = _mix((seed + _STRIDE * (j + 1)) & _MASK) >> (31 - _FRACTION_BITS)
-    # floor((j + u)·b/k) in integers, split so that no product passes 2⁶³.
-    whole, rest = j * tokens // k, j * tokens % k
+    # floor((j + u)·b/k) in integers, split so that no product passes 2⁶³; j·b is not formed at all,
+    # because Inductor computes functions of an index in 32 bits on a GPU.
+    share, left = tokens // k, tokens % k
+    whole, rest = j * share + j * left // k, j * left % k
     return whole + ((rest << _FRACTION_BITS) + u * tokens) // (k << _FRACTION_BITS)
 
 

@@ -116,9 +116,10 @@ def fake_h100() -> Iterator[None]:
 
 @dataclass
 class Generated:
-    """The wrappers that Inductor wrote, by what they are for."""
+    """The wrappers that Inductor wrote, and their first arguments, by what they are for."""
 
     wrappers: dict[str, str] = field(default_factory=dict)
+    calls: dict[str, list[Any]] = field(default_factory=dict)
 
     def kernels(self, which: str) -> dict[str, str]:
         """Name and source of every Triton kernel of a wrapper."""
@@ -185,12 +186,12 @@ def recording(**settings: Any) -> Iterator[Generated]:
 
     def inner(gm: torch.fx.GraphModule, inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         is_backward = bool(kwargs.get("is_backward"))
+        which = "backward" if is_backward else "forward"
         with fake_h100(), config.patch(settings):
-            generated.wrappers["backward" if is_backward else "forward"] = _codegen(
-                *_moved(gm, inputs), is_backward
-            )
+            generated.wrappers[which] = _codegen(*_moved(gm, inputs), is_backward)
 
         def run(args: list[Any]) -> Any:
+            generated.calls.setdefault(which, list(args))
             outputs = gm(*args)
             args.clear()
             return outputs

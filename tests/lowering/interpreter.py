@@ -99,6 +99,8 @@ class _Kernel:
         source = source.replace("libdevice.rsqrt", "tl.rsqrt")
         self.fn = getattr(PyCodeCache.load(source), name)
         head = source[source.index(f"def {name}(") : source.index("):")]
+        names = re.findall(r"(\w+)(?: ?: tl\.constexpr)?(?:,|$)", head.split("(", 1)[1])
+        self.places = {argument: place for place, argument in enumerate(names)}
         self.blocks = {
             argument: 64 if argument == "R0_BLOCK" else 16
             for argument in re.findall(r"(\w+) ?: tl\.constexpr", head)
@@ -110,9 +112,7 @@ class _Kernel:
             *args, x, y, z = args  # type: ignore[assignment]
             self.fn[(x, y, z)](*args)
             return
-        sizes = [arg for arg in args if isinstance(arg, int)]
-        # Sizes come as (y, x, reduced) or (x, reduced), the grid goes as (x, y).
-        sizes = sizes[:2][::-1] if "YBLOCK" in self.blocks else sizes[:1]
+        sizes = [args[self.places[n]] for n in ("xnumel", "ynumel") if n in self.places]
         self.fn[tuple(-(-size // 16) for size in sizes)](*args, **self.blocks)
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import interpreter
 import pytest
 import torch
-from fake_gpu import fake_inputs, generate
+from fake_gpu import fake_inputs, generate, recording
 from torch import Tensor
 from torch._inductor import select_algorithm
 
+import pamm_compile
 from pamm_compile import lowering
 from pamm_compile.ops import assign, compression, contract, index_dtype, reference
 
@@ -241,3 +242,33 @@ def test_cpu_runs_the_eager_kernels() -> None:
     inputs = [x, x[:12].clone(), *grads]
     run = both(12, True)
     torch.testing.assert_close(torch.compile(run)(*inputs), run(*inputs))
+
+
+def test_sampling_does_not_overflow_32_bits(interpret: Interpret) -> None:
+    # Inductor computes functions of an index in int32; tokens × k is past its range here.
+    tokens, k = (1 << 20) + 3, 4099
+    seed = torch.tensor(5)
+
+    def rows(seed: Tensor) -> Tensor:
+        return compression.sample_rows(tokens, k, seed, "stratified")
+
+    code = generate(rows, on_fake_gpu([seed])).wrappers["graph"]
+    (got,) = interpret(interpreter.run_wrapper, code, [seed])
+    assert torch.equal(got, rows(seed))
+
+
+def test_dynamic_shapes_compute_what_eager_does(interpret: Interpret) -> None:
+    def run(x: Tensor, *grads: Tensor) -> tuple[Tensor, ...]:
+        generators = x[::10]
+        k = generators.shape[0]
+        index, scale, cosine = assign(x, generators, index_dtype(k))
+        return index, scale, cosine, contract(index, scale, list(grads), k)
+
+    x, *grads = site(130, 24, [48, 16], torch.float32, True)
+    with recording() as generated:
+        backend = pamm_compile.backend(ratio=10)
+        expected = torch.compile(run, backend=backend, dynamic=True)(x, *grads)
+    sizes, code = generated.calls["forward"], generated.wrappers["forward"]
+    assert any(isinstance(size, int) for size in sizes)
+    for ours, eager in zip(interpret(interpreter.run_wrapper, code, sizes), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
