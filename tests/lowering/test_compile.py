@@ -252,6 +252,14 @@ def test_no_buffer_is_refilled_under_a_running_matmul() -> None:
             assert refilled_too_early(kernel.asm["ttgir"]) == []
 
 
+def test_the_hazard_check_finds_the_hazard() -> None:
+    types = (("X", "*bf16"), ("C", "*bf16"), ("OUT", "*fp32"))
+    sizes = (("n", 2048), ("BLOCK", 64))
+    kernel = compile_kernel("two_readers_kernel", types, sizes, 8, 3, H100[0]).kernel
+    if not refilled_too_early(kernel.asm["ttgir"]):
+        pytest.skip(f"Triton {triton.__version__} leaves enough slots for two readers")
+
+
 @pytest.mark.parametrize("shared", [16 << 10, 48 << 10, 64 << 10, 100 << 10])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("k", [1, 100, 5000])
