@@ -43,13 +43,23 @@ print(json.dumps({"rank": rank, "inductor": hits, "aot": aot, "report": backend.
 """
 
 
-def _run(cache: Path, ratio: int, package: Path | None = None) -> dict[str, Any]:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
-    if package is not None:
-        environment["PYTHONPATH"] = str(package)
+def _copy(destination: Path) -> Path:
+    # What one process runs must be what the next does, whatever is edited meanwhile.
+    shutil.copytree(Path(pamm_compile.__file__).parent, destination / "pamm_compile")
+    return destination
+
+
+def _run(cache: Path, ratio: int, package: Path) -> dict[str, Any]:
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(package),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-c", _SCRIPT, str(ratio)],
         env=environment,
+        cwd=package,
         capture_output=True,
         text=True,
         check=False,
@@ -62,28 +72,27 @@ def _run(cache: Path, ratio: int, package: Path | None = None) -> dict[str, Any]
 
 @pytest.mark.slow
 def test_processes_that_share_a_cache(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    first = _run(cache, 256)
+    cache, plain = tmp_path / "cache", _copy(tmp_path / "plain")
+    first = _run(cache, 256, plain)
     assert first["rank"] == 2
     assert first["aot"].get("autograd_cache_hit", 0) == 0
 
     # Another ratio is another graph, whatever the cache holds.
-    other = _run(cache, 64)
+    other = _run(cache, 64, plain)
     assert other["rank"] == 8
     assert other["aot"].get("autograd_cache_hit", 0) == 0
 
     # The same ratio is answered by the cache, with the report of the run that filled it.
-    again = _run(cache, 256)
+    again = _run(cache, 256, plain)
     assert again["rank"] == 2
     assert again["aot"]["autograd_cache_hit"] == 1
     assert again["report"] == first["report"]
     assert again["report"]["compressed"] == 1
 
     # An edited source misses, be it only a template's.
-    copy = tmp_path / "edited"
-    shutil.copytree(Path(pamm_compile.__file__).parent, copy / "pamm_compile")
-    with (copy / "pamm_compile" / "lowering" / "tiles.py").open("a") as source:
+    edited = _copy(tmp_path / "edited")
+    with (edited / "pamm_compile" / "lowering" / "tiles.py").open("a") as source:
         source.write("\n# edited\n")
-    edited = _run(cache, 256, copy)
-    assert edited["aot"].get("autograd_cache_hit", 0) == 0
-    assert edited["inductor"].get("fxgraph_cache_hit", 0) == 0
+    missed = _run(cache, 256, edited)
+    assert missed["aot"].get("autograd_cache_hit", 0) == 0
+    assert missed["inductor"].get("fxgraph_cache_hit", 0) == 0

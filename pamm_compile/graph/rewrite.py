@@ -87,7 +87,7 @@ def _force_saved(graph: Graph, compressed: Sequence[Node], cursor: Node) -> None
 
     Left alone it recomputes them below a budget of 1, and X with them. It heeds MUST_SAVE only on
     nodes that the forward outputs need, and never on getitem; an assertion on a node's dtype counts
-    as such a need, and is dropped by the partitioner and by Inductor once the graphs are split.
+    as such a need, and Inductor drops it once the graphs are split.
     """
     for node in compressed:
         node.meta["recompute"] = _compat.MUST_SAVE
