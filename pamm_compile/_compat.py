@@ -258,31 +258,6 @@ def memory_budget(budget: float) -> AbstractContextManager[None]:
     return context
 
 
-def stashed_tensors(node: object) -> Sequence[torch.Tensor]:
-    """Return what a node of the autograd graph keeps for backward past saved-tensor hooks.
-
-    Args:
-        node: a `grad_fn`.
-
-    Returns:
-        Tensors that compiled code keeps as an attribute, since nothing else can modify them; of
-        other nodes, none.
-
-    Raises:
-        UnsupportedTorchError: the node is compiled code and keeps them elsewhere.
-    """
-    if type(node).__name__ != "CompiledFunctionBackward":
-        return ()
-    try:
-        tensors: Sequence[torch.Tensor] = node._tensors_no_vc_check  # type: ignore[attr-defined]
-    except AttributeError as error:
-        raise UnsupportedTorchError(
-            f"torch {torch.__version__} has no CompiledFunctionBackward._tensors_no_vc_check, so "
-            "the bytes that compiled code saves cannot be measured."
-        ) from error
-    return tensors
-
-
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the plain tensors that a tensor is made of: itself, or those of a subclass."""
     if not resolve(MEASURE_SYMBOLS[1])(tensor):

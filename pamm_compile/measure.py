@@ -87,7 +87,6 @@ def measure_memory(
         Bytes saved, block by block, and peak in bytes.
 
     Raises:
-        UnsupportedTorchError: this torch saves the tensors of compiled code in an unknown place.
         MeasurementError: a tensor is saved whose layout is neither strided nor sparse COO.
     """
     for _ in range(warmup):
@@ -114,7 +113,6 @@ def saved_storages(
         One entry per storage.
 
     Raises:
-        UnsupportedTorchError: this torch saves the tensors of compiled code in an unknown place.
         MeasurementError: a tensor is saved whose layout is neither strided nor sparse COO.
     """
     held: list[weakref.ref[_Held]] = []
@@ -130,7 +128,9 @@ def saved_storages(
         outputs = fn()
     nodes = list(_graph_nodes(outputs))
     tensors = [handle.tensor for ref in held if (handle := ref()) is not None]
-    tensors += [tensor for node in nodes for tensor in _compat.stashed_tensors(node)]
+    # An autograd.Function may keep tensors as attributes of its ctx, past all hooks; compiled code
+    # does so with what such functions within it keep.
+    tensors += [tensor for node in nodes for tensor in _tensors(getattr(node, "__dict__", {}))]
 
     ours = {_address(inner) for tensor in _permanent(nodes, model) for inner in _plain(tensor)}
     found: dict[tuple[torch.device, int], SavedStorage] = {}
