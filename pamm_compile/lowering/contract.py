@@ -49,7 +49,7 @@ def tiles(k: int, dtype: torch.dtype, device: Device) -> list[Tile]:
     else:
         columns = common.power_of_two(k, 16, MOST_ONE_HOT)
         wanted = {
-            256: [Tile(128, 256, 32, 8, 4), Tile(64, 256, 32, 8, 4), Tile(128, 128, 64, 8, 3)],
+            256: [Tile(64, 256, 32, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)],
             128: [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4)],
         }.get(
             columns,
