@@ -196,7 +196,8 @@ class TorchAttention(nn.Module):
 
 
 _LAYER = {
-    "d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 48, "batch_first": True, "norm_first": True,
+    "d_model": WIDTH, "nhead": HEADS, "dim_feedforward": 48, "batch_first": True,
+    "norm_first": True,
 }  # fmt: skip
 _PACKED = r"in_proj_weight$"
 _MEMORY = (BATCH, 20, WIDTH)

@@ -117,7 +117,7 @@ def test_gradients_accumulate() -> None:
 
 
 def test_gradient_buffers_do_not_overlap() -> None:
-    """The weight gradients of a site are cut from one matmul; writing to one must leave the rest."""
+    """A site's weight gradients are cut from one matmul; writing to one must leave the rest."""
     model, backend, _ = _block(base="aot_eager")
     step(model, torch.compile(model, backend=backend), {"x": torch.randn(2, 24, WIDTH)}, _square)
     compiled = torch.compile(model, backend=backend)

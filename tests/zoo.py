@@ -103,7 +103,9 @@ DECODERS = [
     Case(
         "gpt2",
         lambda: hf.GPT2LMHeadModel(
-            hf.GPT2Config(vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=64)
+            hf.GPT2Config(
+                vocab_size=VOCAB, n_embd=WIDTH, n_layer=LAYERS, n_head=HEADS, n_positions=64
+            )
         ),
         causal,
         (r"\.attn\.c_attn\.weight$",),
@@ -112,7 +114,8 @@ DECODERS = [
     Case(
         "gpt_neox",
         _decoder(
-            "GPTNeoXConfig", "GPTNeoXForCausalLM", num_key_value_heads=None, use_parallel_residual=False
+            "GPTNeoXConfig", "GPTNeoXForCausalLM", num_key_value_heads=None,
+            use_parallel_residual=False,
         ),
         causal,
         (r"\.attention\.query_key_value\.weight$",),
@@ -138,9 +141,11 @@ def _encoder(name: str, config: str, model: str, pattern: str, **more: Any) -> C
     return Case(name, build, masked, (pattern,), LAYERS)
 
 
+_SELF = r"\.self\.(query|key|value)\.weight$"
+
 ENCODERS = [
-    _encoder("bert", "BertConfig", "BertForMaskedLM", r"\.self\.(query|key|value)\.weight$"),
-    _encoder("roberta", "RobertaConfig", "RobertaForMaskedLM", r"\.self\.(query|key|value)\.weight$"),
+    _encoder("bert", "BertConfig", "BertForMaskedLM", _SELF),
+    _encoder("roberta", "RobertaConfig", "RobertaForMaskedLM", _SELF),
     Case(
         "distilbert",
         lambda: hf.DistilBertForMaskedLM(
@@ -153,8 +158,10 @@ ENCODERS = [
         (r"\.attention\.[qkv]_lin\.weight$",),
         LAYERS,
     ),
-    _encoder("albert", "AlbertConfig", "AlbertForMaskedLM", r"\.attention\.(query|key|value)\.weight$",
-             embedding_size=16),
+    _encoder(
+        "albert", "AlbertConfig", "AlbertForMaskedLM",
+        r"\.attention\.(query|key|value)\.weight$", embedding_size=16,
+    ),
 ]  # fmt: skip
 
 
@@ -238,7 +245,7 @@ OTHERS = [
     Case(
         "vit", _vit,
         lambda: {"pixel_values": torch.randn(BATCH, 3, 16, 16), "labels": torch.tensor([0, 2])},
-        (r"\.attention\.attention\.(query|key|value)\.weight$", r"\.attention\.[qkv]_proj\.weight$"),
+        (r"\.attention\.(attention\.(query|key|value)|[qkv]_proj)\.weight$",),
         LAYERS,
     ),
     Case("clip", _clip, _clip_batch, (r"\.self_attn\.[qkv]_proj\.weight$",), 2 * LAYERS),

@@ -45,9 +45,9 @@ _TRANSPOSES = {"aten::t", "aten::permute", "aten::transpose"}
 
 def op_name(node: Node) -> str:
     """Return "namespace::name" of a node's operator, without the overload; "" if it has none."""
-    target = node.target
+    target: Any = node.target
     if isinstance(target, _compat.OpOverload):
-        return target._schema.name
+        return str(target._schema.name)
     if isinstance(target, _compat.HigherOrderOperator):
         return f"higher_order::{target.name()}"
     return ""
