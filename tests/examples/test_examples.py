@@ -1,0 +1,111 @@
+"""Run the examples as users do, tiny, and check what they leave behind."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = ("--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "4", "--sequence", "64")
+
+
+def run(script: str, *options: str, out: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, *TINY, *options, "--out", out],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def assert_finite(data: Any) -> None:
+    """Check every number in plain data."""
+    if isinstance(data, dict):
+        for value in data.values():
+            assert_finite(value)
+    elif isinstance(data, list):
+        for value in data:
+            assert_finite(value)
+    elif isinstance(data, int | float):
+        assert math.isfinite(data)
+
+
+def test_train(tmp_path: Path) -> None:
+    printed = run("train.py", "--steps", "3", "--ratio", "64", "--eager", out=tmp_path)
+    record = json.loads((tmp_path / "train-llama-seed0.json").read_text())
+    assert_finite(record)
+    exact, pamm, eager = record["runs"]
+    assert [run["name"] for run in record["runs"]] == ["torch.compile", "PAMM 64", "eager"]
+    assert pamm["generators"] == [4]
+    assert pamm["ratio"] == 64
+    for each in record["runs"]:
+        assert len(each["losses"]) == len(each["times_s"]) == 3
+        # Nothing has been updated yet, and PAMM leaves forward alone.
+        assert each["losses"][0] == pytest.approx(exact["losses"][0], abs=1e-5)
+        assert each["train_gap"] == each["train_loss"] - exact["train_loss"]
+        assert each["validation_gap"] == each["validation_loss"] - exact["validation_loss"]
+        assert 0 < each["saved_bytes"] <= each["peak_bytes"]
+        assert each["name"] in printed
+    assert pamm["saved_bytes"] < exact["saved_bytes"]
+    assert eager["time_ratio"] > 0
+    assert exact["time_ratio"] == 1
+    assert record["environment"]["torch"] in printed
+    picture = (tmp_path / "train-llama-seed0.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_compare_memory(tmp_path: Path) -> None:
+    options = ("--model", "roberta", "--ratio", "64", "--steps", "2", "--dtype", "bfloat16")
+    printed = run("compare_memory.py", *options, out=tmp_path)
+    record = json.loads((tmp_path / "compare-roberta.json").read_text())
+    assert_finite(record)
+    assert record["report"]["compressed"] == 1
+    arms = {arm["name"]: arm for arm in record["comparison"]["arms"]}
+    assert len(arms) == 5
+    assert all(name in printed for name in arms)
+    exact, pamm = arms["compile"], arms["PAMM"]
+    assert exact["loss"] == pamm["loss"]
+    assert exact["saved_bytes"] - pamm["saved_bytes"] == (
+        record["report"]["bytes_before"] - record["report"]["bytes_after"]
+    )
+    assert arms["compile + budget 0.99"]["saved_bytes"] < exact["saved_bytes"]
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "roberta"])
+def test_models_start_from_chance(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import common
+
+    parser = argparse.ArgumentParser()
+    common.add_model_options(parser)
+    args = parser.parse_args(["--model", model, *TINY])
+    torch.manual_seed(0)
+    text = common.Text()
+    draws = [
+        common.draw(text.train, model, 4, 64, torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(draws[0]["input_ids"], draws[1]["input_ids"])
+    assert not torch.equal(draws[0]["input_ids"], draws[2]["input_ids"])
+    with torch.no_grad():
+        loss = common.build(args)(**draws[0]).loss
+    assert loss.item() == pytest.approx(math.log(256), abs=0.3)
+
+
+def test_a_mistake_is_explained() -> None:
+    command = [sys.executable, EXAMPLES / "train.py", "--heads", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "--hidden 128 is not a multiple of --heads 3" in done.stderr
