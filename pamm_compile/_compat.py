@@ -108,8 +108,8 @@ enable_python_dispatcher = resolve("torch._dispatch.python:enable_python_dispatc
 make_fx = resolve("torch.fx.experimental.proxy_tensor:make_fx")
 cache_dir: Callable[[], str] = resolve("torch._inductor.runtime.runtime_utils:cache_dir")
 trace_structured = resolve("torch._logging:trace_structured")
-HigherOrderOperator: type = resolve("torch._ops:HigherOrderOperator")
-OpOverload: type = resolve("torch._ops:OpOverload")
+HigherOrderOperator: Any = resolve("torch._ops:HigherOrderOperator")
+OpOverload: Any = resolve("torch._ops:OpOverload")
 
 functorch_config = importlib.import_module("torch._functorch.config")
 inductor_config = importlib.import_module("torch._inductor.config")
