@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,10 @@ def positive(text: str) -> int:
 
 def make_backend(args: argparse.Namespace, ratio: float) -> pamm_compile.Backend:
     """Make the backend that the options ask for, with an empty report."""
-    targets = args.targets if args.targets in ("qkv", "linear") else re.compile(args.targets)
+    try:
+        targets = args.targets if args.targets in ("qkv", "linear") else re.compile(args.targets)
+    except re.error as error:
+        raise SystemExit(f"--targets {args.targets} is no regular expression: {error}") from None
     backend = pamm_compile.backend(
         ratio=ratio,
         epsilon=args.epsilon,
@@ -202,6 +205,14 @@ def make_backend(args: argparse.Namespace, ratio: float) -> pamm_compile.Backend
     # The same options give the same object: what it compiled before is not of this run.
     backend.report.clear()
     return backend
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run an example; a mistaken option ends it with a sentence in place of a traceback."""
+    try:
+        main()
+    except pamm_compile.InvalidOptionError as error:
+        raise SystemExit(str(error)) from None
 
 
 def prepare(args: argparse.Namespace) -> torch.device:

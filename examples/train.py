@@ -81,11 +81,9 @@ def make_runs(args: argparse.Namespace, device: torch.device) -> list[Run]:
 
     def run(name: str, backend: Any) -> Run:
         model = copy.deepcopy(initial)
-        compiled = model if backend is None else torch.compile(model, backend=backend)
-        if backend == "inductor" and args.mode:
-            compiled = torch.compile(model, mode=args.mode)
-        elif backend is not None and args.mode:
-            compiled = torch.compile(model, backend=backend, mode=args.mode)
+        compiled = (
+            model if backend is None else torch.compile(model, backend=backend, mode=args.mode)
+        )
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
         )
@@ -292,4 +290,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

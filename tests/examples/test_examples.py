@@ -104,8 +104,17 @@ def test_models_start_from_chance(model: str, monkeypatch: pytest.MonkeyPatch) -
     assert loss.item() == pytest.approx(math.log(256), abs=0.3)
 
 
-def test_a_mistake_is_explained() -> None:
-    command = [sys.executable, EXAMPLES / "train.py", "--heads", "3"]
+@pytest.mark.parametrize(
+    ("options", "explanation"),
+    [
+        (("--heads", "3"), "--hidden 128 is not a multiple of --heads 3"),
+        (("--ratio", "0"), "ratio=0.0 is not allowed"),
+        (("--targets", "("), "is no regular expression"),
+    ],
+)
+def test_a_mistake_is_explained(options: tuple[str, ...], explanation: str) -> None:
+    command = [sys.executable, EXAMPLES / "train.py", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "--hidden 128 is not a multiple of --heads 3" in done.stderr
+    assert explanation in done.stderr
+    assert "Traceback" not in done.stderr
