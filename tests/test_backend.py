@@ -117,10 +117,10 @@ def test_mode_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(_compat, "compile_fx", compile_fx)
     earlier = JointPass(pamm_compile.backend().options, {})
-    monkeypatch.setattr(inductor_config, "joint_custom_pre_pass", earlier)
     backend = pamm_compile.backend(options={"epilogue_fusion": False})
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    torch.compile(FusedQKV(), backend=backend, mode="max-autotune-no-cudagraphs")(x)
+    with inductor_config.patch(joint_custom_pre_pass=earlier):
+        torch.compile(FusedQKV(), backend=backend, mode="max-autotune-no-cudagraphs")(x)
     (patches,) = seen
     assert patches["max_autotune"] is True
     assert patches["epilogue_fusion"] is False
