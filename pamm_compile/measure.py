@@ -209,7 +209,7 @@ def _tensors(structure: Any) -> Iterator[Tensor]:
             yield from _tensors(getattr(structure, each.name))
 
 
-def differentiate(outputs: Any) -> list[Tensor]:
+def differentiate(outputs: Any) -> tuple[Tensor, ...]:
     """Run backward from all outputs, leaving `.grad` alone.
 
     Equivalent to `torch.autograd.grad` of the sum of all outputs for every leaf.
@@ -218,16 +218,15 @@ def differentiate(outputs: Any) -> list[Tensor]:
         outputs: a tensor, or a structure of mappings, sequences and dataclasses of them.
 
     Returns:
-        The outputs that have a graph, and the gradients.
+        The gradients of the leaves that have one.
     """
     roots = [tensor for tensor in _tensors(outputs) if tensor.grad_fn is not None]
     leaves = _leaves(list(_graph_nodes(outputs)))
     if not leaves:
-        return roots
-    gradients = torch.autograd.grad(
-        roots, leaves, [torch.ones_like(root) for root in roots], allow_unused=True
-    )
-    return roots + [gradient for gradient in gradients if gradient is not None]
+        return ()
+    ones = [torch.ones_like(root) for root in roots]
+    gradients = torch.autograd.grad(roots, leaves, ones, allow_unused=True)
+    return tuple(gradient for gradient in gradients if gradient is not None)
 
 
 def _peak(fn: Callable[[], Any]) -> tuple[int, str]:
@@ -237,8 +236,9 @@ def _peak(fn: Callable[[], Any]) -> tuple[int, str]:
             torch.accelerator.synchronize()
             torch.accelerator.reset_peak_memory_stats()
             before = torch.accelerator.memory_allocated()
-        results = differentiate(fn())
-    on_accelerator = any(tensor.device.type != "cpu" for tensor in results)
+        outputs = fn()
+        on_accelerator = any(tensor.device.type != "cpu" for tensor in _tensors(outputs))
+        differentiate(outputs)
     if accelerator is not None and on_accelerator:
         return torch.accelerator.max_memory_allocated() - before, PEAK_ACCELERATOR
     return _high_water(events), PEAK_CPU

@@ -24,7 +24,9 @@ from pamm_compile import _compat, compare_memory, measure_memory
 from pamm_compile.backend import parameter_names
 from pamm_compile.config import Options
 from pamm_compile.graph.joint_pass import JointPass
-from pamm_compile.measure import PEAK_CPU, saved_storages
+from pamm_compile.measure import PEAK_ACCELERATOR, PEAK_CPU, saved_storages
+
+gpu = pytest.mark.gpu
 
 BLOCK = 64 * 32 * 4
 """Bytes of a float32 tensor [64, 32]."""
@@ -165,8 +167,11 @@ def test_leaves_no_trace() -> None:
     assert data["peak_source"] == PEAK_CPU
 
 
-def test_peak_is_the_high_water_mark_of_the_allocator() -> None:
-    x = torch.randn(64, 32)
+@pytest.mark.parametrize(
+    ("device", "source"), [("cpu", PEAK_CPU), pytest.param("cuda", PEAK_ACCELERATOR, marks=gpu)]
+)
+def test_peak_is_the_high_water_mark_of_the_allocator(device: str, source: str) -> None:
+    x = torch.randn(64, 32, device=device)
 
     def fn() -> list[Tensor]:
         a = x.exp()
@@ -174,7 +179,9 @@ def test_peak_is_the_high_water_mark_of_the_allocator() -> None:
         del a
         return [b.exp()]
 
-    assert measure_memory(fn).peak_bytes == 2 * BLOCK
+    used = measure_memory(fn)
+    assert used.peak_bytes == 2 * BLOCK
+    assert used.peak_source == source
 
 
 def test_peak_includes_backward() -> None:
