@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from pamm_compile import _compat, lowering
 from pamm_compile.config import Base, Options, Targets, unknown_option
+from pamm_compile.environment import options_from_environment
 from pamm_compile.graph.joint_pass import JointPass, PassChain, check_strict
 from pamm_compile.ops.compression import Sampling
 from pamm_compile.recorded import RecordedReport
@@ -60,7 +61,7 @@ class Backend:
         if self.options.base == "aot_eager":
             compiled = compile_eager(gm, example_inputs, joint_pass)
         else:
-            compiled = _compile_inductor(gm, example_inputs, joint_pass, inductor)
+            compiled = compile_inductor(gm, example_inputs, joint_pass, inductor)
         report = recorded.settle(joint_pass.report)
         self.report.add(report)
         log.info("%s", report.summary())
@@ -161,26 +162,27 @@ def named_backend(
 ) -> Callable[..., Any]:
     """Compile with `backend="pamm"`, taking our options as "pamm.ratio" and so on.
 
-    Equivalent to: `torch.compile(model, backend=backend(ratio=…), mode=…, options=…)` for
-    `torch.compile(model, backend="pamm", mode=…, options={"pamm.ratio": …, …})`.
+    Equivalent to: `torch.compile(model, backend=backend(ratio=…), options=…)` for
+    `torch.compile(model, backend="pamm", options={"pamm.ratio": …, …})`. What `options` leave out
+    comes from the environment, PAMM_COMPILE_RATIO and so on, and else from the defaults.
 
     Args:
         gm: Dynamo's graph.
         example_inputs: its inputs.
-        mode: as torch.compile's.
+        mode: as torch.compile's, which takes no options beside it.
         options: ours, prefixed with "pamm.", and Inductor's.
 
     Returns:
         The compiled graph.
 
     Raises:
-        InvalidOptionError: a value is not allowed, or a name is unknown.
+        InvalidOptionError: a value is not allowed, or a name is unknown, here or in the
+            environment.
     """
     ours = {k.removeprefix(_PREFIX): v for k, v in (options or {}).items() if k.startswith(_PREFIX)}
     rest = {k: v for k, v in (options or {}).items() if not k.startswith(_PREFIX)}
-    return _shared(Options.from_mapping(ours), None, ())(
-        gm, example_inputs, mode=mode, options=rest
-    )
+    chosen = Options.from_mapping({**options_from_environment(), **ours})
+    return _shared(chosen, None, ())(gm, example_inputs, mode=mode, options=rest)
 
 
 def inductor_settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -233,16 +235,34 @@ def _readable(source: str) -> str:
     return re.sub(r"^_orig_mod\.|^fn\.", "", name)
 
 
-def _compile_inductor(
-    gm: GraphModule, inputs: list[Any], joint_pass: JointPass, settings: dict[str, Any]
+def compile_inductor(
+    gm: GraphModule,
+    inputs: list[Any],
+    joint_pass: JointPass | None,
+    settings: dict[str, Any],
+    *,
+    generate_code: bool = True,
 ) -> Callable[..., Any]:
+    """Compile a graph with Inductor, a pass of ours behind those that are there already.
+
+    Args:
+        gm: Dynamo's graph.
+        inputs: its inputs.
+        joint_pass: our pass; None compiles exactly.
+        settings: of Inductor, by name.
+        generate_code: False runs the partitioned graphs operator by operator.
+
+    Returns:
+        The graph as a function.
+    """
     lowering.register()
     there = settings.get("joint_custom_pre_pass", _compat.inductor_config.joint_custom_pre_pass)
     earlier = list(there) if isinstance(there, list | tuple) else [there] if there else []
-    chain = PassChain([*earlier, joint_pass]) if earlier else joint_pass
-    compiled: Callable[..., Any] = _compat.compile_fx(
-        gm, inputs, config_patches={**settings, "joint_custom_pre_pass": chain}
-    )
+    if joint_pass is not None:
+        chain = PassChain([*earlier, joint_pass]) if earlier else joint_pass
+        settings = {**settings, "joint_custom_pre_pass": chain}
+    inner = {} if generate_code else {"inner_compile": _compat.run_eagerly}
+    compiled: Callable[..., Any] = _compat.compile_fx(gm, inputs, config_patches=settings, **inner)
     return compiled
 
 
