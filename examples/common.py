@@ -12,6 +12,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
 # torch.profiler's backend reads this when torch is imported, and else prints a line per start.
@@ -45,11 +46,14 @@ class Text:
 
     Files are taken in the order of their paths; every 20th is for validation. Packages installed
     beside the library, and tests, are left out.
+
+    Args:
+        without: names of further folders to leave out.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, without: Sequence[str] = ()) -> None:
         root = Path(sysconfig.get_paths()["stdlib"])
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", *without}
         files = sorted(
             path.relative_to(root).as_posix()
             for path in root.rglob("*.py")
@@ -67,6 +71,16 @@ class Text:
             )
         self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
         self.validation = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
+
+
+class Prose:
+    """The texts of Python's own reference documentation; the last 20th is for validation."""
+
+    def __init__(self) -> None:
+        text = bytearray("\n".join(topics.topics.values()).encode())
+        end = len(text) - len(text) // _VALIDATION_EVERY
+        self.train = torch.frombuffer(text[:end], dtype=torch.uint8)
+        self.validation = torch.frombuffer(text[end:], dtype=torch.uint8)
 
 
 def draw(

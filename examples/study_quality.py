@@ -1,0 +1,314 @@
+"""Train small language models with approximate weight gradients of several kinds, and compare.
+
+    python examples/study_quality.py --methods exact pamm:16 directions:4+pamm:16 --seeds 0 1 2
+    python examples/study_quality.py --methods exact pamm:8 pamm:32 --pretrain 300 --lr 5e-4
+    python examples/study_quality.py --table runs/quality.jsonl
+
+study_methods.py has the methods, and how they are written. Only the weight gradients of the
+projections are approximated, as PAMM does; training is fp32 and eager, and what a method stores is
+rounded to bfloat16. Every run is one line of JSON in --out; runs that are already there are not
+repeated, so that a study may be interrupted. Losses are in nats a byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import re
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import study_methods
+import torch
+from study_methods import Method
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+TARGETS = {
+    "qkv": r"\.(q|k|v)_proj$",
+    "mlp": r"\.(gate|up|down)_proj$",
+    "qkv+mlp": r"\.(q|k|v|gate|up|down)_proj$",
+    "linear": r"_proj$",
+}
+_LAST = 50
+
+
+class Coder:
+    """What the projections of one input share: its approximation, made once a step."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.method: Method | None = None
+        self.stored_bytes = 0
+        self.key = (0, 0)
+        self._of: Tensor | None = None
+        self._approximation = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return X̂ of an input [..., n] as [b, n]."""
+        if x is not self._of:
+            assert self.method is not None
+            generator = study_methods.generator_of(*self.key, self.number)
+            flat = x.detach().flatten(0, -2)
+            stored = self.method.store(flat, generator, torch.bfloat16)
+            self.stored_bytes = sum(each.bytes for each in stored)
+            self._approximation = sum(each.approximation for each in stored)  # type: ignore[assignment]
+            self._of = x
+        return self._approximation
+
+    def forget(self) -> None:
+        self._of, self._approximation = None, torch.empty(0)
+
+
+class _Linear(torch.autograd.Function):
+    """F.linear whose weight gradient is made from X̂ in place of X."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, approximation: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, approximation)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, approximation = ctx.saved_tensors
+        (dz,) = grads
+        return dz @ weight, dz.flatten(0, -2).T @ approximation, None
+
+
+class CodedLinear(nn.Module):
+    """A linear layer without bias that may train on the approximation of its input."""
+
+    def __init__(self, linear: nn.Linear, coder: Coder) -> None:
+        super().__init__()
+        assert linear.bias is None
+        self.weight = linear.weight
+        self.coder = coder
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.coder.method is None or not torch.is_grad_enabled():
+            return F.linear(x, self.weight)
+        out: Tensor = _Linear.apply(x, self.weight, self.coder(x))
+        return out
+
+
+def replace_projections(model: nn.Module, pattern: str) -> list[Coder]:
+    """Replace the linear layers whose names match; those of one module and input share a coder."""
+    coders: dict[tuple[str, str], Coder] = {}
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and re.search(pattern, name)
+    ]
+    for name, linear in found:
+        parent, _, child = name.rpartition(".")
+        # o and down read another input than their siblings.
+        kind = child if child in ("o_proj", "down_proj") else "first"
+        coder = coders.setdefault((parent, kind), Coder(len(coders)))
+        setattr(model.get_submodule(parent), child, CodedLinear(linear, coder))
+    return list(coders.values())
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--methods", nargs="+", default=["exact", "pamm:16"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--targets", choices=TARGETS, default="qkv")
+    parser.add_argument("--steps", type=common.positive, default=300)
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument(
+        "--pretrain",
+        type=int,
+        default=0,
+        help="train exactly for so many steps on code first, then on prose by each method",
+    )
+    parser.add_argument("--validation-batches", type=common.positive, default=16)
+    parser.add_argument("--out", type=Path, default=Path("runs/quality.jsonl"))
+    parser.add_argument("--table", type=Path, nargs="+", help="print what these files hold instead")
+    common.add_model_options(parser)
+    args = parser.parse_args(arguments)
+    if args.model != "llama":
+        parser.error("the studies know the projections of --model llama only")
+    return args
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Rise linearly over a tenth of the steps, then fall to a tenth along a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def train(
+    model: nn.Module,
+    coders: Sequence[Coder],
+    method: Method,
+    text: common.Text | common.Prose,
+    steps: int,
+    seed: int,
+    args: argparse.Namespace,
+) -> list[float]:
+    """Train a model in place, and return the loss of every step."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
+    )
+    draws = torch.Generator().manual_seed(seed)
+    is_exact = method.text == "exact"
+    losses = []
+    for step in range(steps):
+        batch = common.draw(text.train, args.model, args.batch, args.sequence, draws)
+        for coder in coders:
+            coder.method = None if is_exact or step < method.exact_steps else method
+            coder.key = (seed, step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args.lr)
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        for coder in coders:
+            coder.forget()
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def validate(model: nn.Module, text: common.Text | common.Prose, args: argparse.Namespace) -> float:
+    draws = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(args.validation_batches):
+        batch = common.draw(text.validation, args.model, args.batch, args.sequence, draws)
+        losses.append(model(**batch).loss.item())
+    return statistics.fmean(losses)
+
+
+def setting(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what two runs must share to be compared."""
+    names = ("layers", "hidden", "heads", "batch", "sequence", "steps", "lr", "targets", "pretrain")
+    return {name: getattr(args, name) for name in names}
+
+
+def run_one(
+    initial: nn.Module,
+    method: Method,
+    text: common.Text | common.Prose,
+    seed: int,
+    args: argparse.Namespace,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    model = copy.deepcopy(initial)
+    coders = replace_projections(model, TARGETS[args.targets])
+    losses = train(model, coders, method, text, args.steps, seed + 1000 * args.pretrain, args)
+    tokens = args.batch * args.sequence
+    stored = [coder.stored_bytes for coder in coders if coder.stored_bytes]
+    return {
+        "method": method.text,
+        "seed": seed,
+        "setting": setting(args),
+        "bytes_per_token": max(stored) / tokens if stored else 2.0 * args.hidden,
+        "train": statistics.fmean(losses[-_LAST:]),
+        "validation": validate(model, text, args),
+        "losses": [round(loss, 4) for loss in losses],
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": common.environment(args),
+    }
+
+
+def pretrained(text: common.Text | common.Prose, seed: int, args: argparse.Namespace) -> nn.Module:
+    """Return a model with random weights, trained exactly for the --pretrain steps."""
+    torch.manual_seed(seed)
+    model = common.build(args)
+    if args.pretrain:
+        exact = copy.copy(args)
+        exact.lr = 2e-3
+        train(model, [], study_methods.parse("exact"), text, args.pretrain, seed, exact)
+    return model
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def table(runs: Iterable[dict[str, Any]]) -> str:
+    """Return Markdown: one table a setting, one row a method, gaps paired by seed."""
+    settings: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for run in runs:
+        key = json.dumps(run["setting"])
+        settings.setdefault(key, defaultdict(dict))[run["method"]][run["seed"]] = run
+    parts = []
+    for key, methods in settings.items():
+        described = ", ".join(f"{name} {value}" for name, value in json.loads(key).items())
+        exact = methods.get("exact", {})
+        lines = [
+            f"{described}:",
+            "",
+            "| method | bytes a token | validation loss by seed | above exact by seed | mean "
+            "| standard error |",
+            "|---|--:|--:|--:|--:|--:|",
+        ]
+        for method, seeds in methods.items():
+            gaps = [
+                run["validation"] - exact[seed]["validation"]
+                for seed, run in sorted(seeds.items())
+                if seed in exact and method != "exact"
+            ]
+            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+            lines.append(
+                f"| `{method}` | {next(iter(seeds.values()))['bytes_per_token']:.1f} | "
+                + ", ".join(f"{run['validation']:.3f}" for _, run in sorted(seeds.items()))
+                + " | "
+                + (", ".join(f"{gap:+.3f}" for gap in gaps) or "-")
+                + (f" | {statistics.fmean(gaps):+.3f} | {error:.3f} |" if gaps else " | - | - |")
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    args = parse()
+    if args.table:
+        print(table(run for path in args.table for run in records(path)))
+        return
+    common.prepare(args)
+    methods = [study_methods.parse(method) for method in args.methods]
+    # What a model is then tuned on it must not have seen before.
+    text = common.Text(without=("pydoc_data",)) if args.pretrain else common.Text()
+    tuned = common.Prose() if args.pretrain else text
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        known = {
+            run["method"]
+            for run in records(args.out)
+            if run["seed"] == seed and run["setting"] == setting(args)
+        }
+        wanted = [method for method in methods if method.text not in known]
+        initial = pretrained(text, seed, args) if wanted else None
+        for method in wanted:
+            assert initial is not None
+            run = run_one(initial, method, tuned, seed, args)
+            with args.out.open("a") as file:
+                file.write(json.dumps(run) + "\n")
+            print(
+                f"seed {seed}  {method.text:32} {run['bytes_per_token']:8.1f} bytes a token  "
+                f"train {run['train']:.3f}  validation {run['validation']:.3f}  "
+                f"{run['seconds']:.0f} s",
+                flush=True,
+            )
+    print(f"\n{table(records(args.out))}\n\n{args.out}")
+
+
+if __name__ == "__main__":
+    common.run(main)
