@@ -253,7 +253,7 @@ def precision(args: argparse.Namespace) -> contextlib.AbstractContextManager[Any
 
 def default_device() -> str:
     """Return the accelerator's type if there is one."""
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if accelerator is None else accelerator.type
 
 

@@ -230,7 +230,7 @@ def differentiate(outputs: Any) -> tuple[Tensor, ...]:
 
 
 def _peak(fn: Callable[[], Any]) -> tuple[int, str]:
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     with _cpu_memory_events() as events:
         if accelerator is not None:
             torch.accelerator.synchronize()

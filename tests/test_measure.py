@@ -192,6 +192,17 @@ def test_peak_includes_backward() -> None:
     assert used.peak_bytes == 2 * BLOCK + 4 + 4
 
 
+def test_an_accelerator_without_a_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build of torch names "cuda" as its accelerator on machines that have no GPU."""
+    monkeypatch.setattr(
+        torch.accelerator,
+        "current_accelerator",
+        lambda check_available=False: None if check_available else torch.device("cuda"),
+    )
+    x = torch.randn(64, 32)
+    assert measure_memory(lambda: [x.exp()]).peak_source == PEAK_CPU
+
+
 # Compiled, against the partition.
 
 
