@@ -13,6 +13,7 @@ from pamm_compile.errors import (
 from pamm_compile.explain import explain
 from pamm_compile.graph.match import Reason, register_attention
 from pamm_compile.measure import MemoryUse, SavedStorage, measure_memory
+from pamm_compile.predict import Prediction, predict_saved
 from pamm_compile.report import GraphReport, Note, Report, SiteReport
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Note",
     "NothingMatchedError",
     "PammError",
+    "Prediction",
     "Reason",
     "Report",
     "SavedStorage",
@@ -36,5 +38,6 @@ __all__ = [
     "compare_memory",
     "explain",
     "measure_memory",
+    "predict_saved",
     "register_attention",
 ]

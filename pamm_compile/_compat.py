@@ -111,6 +111,13 @@ trace_structured = resolve("torch._logging:trace_structured")
 HigherOrderOperator: Any = resolve("torch._ops:HigherOrderOperator")
 OpOverload: Any = resolve("torch._ops:OpOverload")
 
+
+def run_eagerly(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    """Stand in for Inductor's code generation: run a graph operator by operator."""
+    compiled: Callable[..., Any] = boxed_nop(gm, inputs)
+    return compiled
+
+
 functorch_config = importlib.import_module("torch._functorch.config")
 inductor_config = importlib.import_module("torch._inductor.config")
 
@@ -241,6 +248,7 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> torch.fx.GraphM
 
 MEASURE_SYMBOLS = (
     "torch._functorch.config:activation_memory_budget",
+    "torch._subclasses.fake_tensor:FakeTensor",
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass",
 )
 """Private symbols of `measure`, as "module:attribute"; imported when first used."""
@@ -260,10 +268,19 @@ def memory_budget(budget: float) -> AbstractContextManager[None]:
 
 def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the plain tensors that a tensor is made of: itself, or those of a subclass."""
-    if not resolve(MEASURE_SYMBOLS[1])(tensor):
+    if not resolve(MEASURE_SYMBOLS[2])(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
     return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Return a number that two tensors alive at once share iff they share memory."""
+    storage = tensor.untyped_storage()
+    if isinstance(tensor, resolve(MEASURE_SYMBOLS[1])):
+        # Fake tensors have no memory; those that alias each other have one storage object.
+        return int(storage._cdata)
+    return int(storage.data_ptr())
 
 
 # ---------------------------------------------------------------------------------------------

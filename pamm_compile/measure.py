@@ -167,7 +167,7 @@ def _plain(tensor: Tensor) -> list[Tensor]:
 
 
 def _address(tensor: Tensor) -> tuple[torch.device, int]:
-    return tensor.device, tensor.untyped_storage().data_ptr()
+    return tensor.device, _compat.storage_address(tensor)
 
 
 def _permanent(nodes: list[Node], model: nn.Module | None) -> Iterator[Tensor]:
