@@ -9,6 +9,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -108,29 +109,66 @@ def draw(
 
 def build(args: argparse.Namespace) -> nn.Module:
     """Build one of Transformers' own classes from its configuration, with random weights."""
-    shape = {"num_hidden_layers": args.layers, "num_attention_heads": args.heads}
-    if args.model == "llama":
+    # Three matrices of 8/3 · hidden do the work of two of 4 · hidden, as in LLaMA.
+    gated = math.ceil(args.hidden * 8 / 3 / 32) * 32
+    return make_model(
+        args.model,
+        hidden=args.hidden,
+        layers=args.layers,
+        heads=args.heads,
+        inner=gated if args.model == "llama" else 4 * args.hidden,
+        vocabulary=_BYTES + (args.model == "roberta"),
+        positions=args.sequence,
+        dropout=args.dropout,
+    )
+
+
+def make_model(
+    family: str,
+    *,
+    hidden: int,
+    layers: int,
+    heads: int,
+    inner: int,
+    vocabulary: int,
+    positions: int,
+    dropout: float = 0.0,
+) -> nn.Module:
+    """Build one of Transformers' own classes, with random weights.
+
+    Args:
+        family: one of MODELS.
+        hidden: features, n.
+        layers: of the stack.
+        heads: of attention.
+        inner: features between the matrices of the MLP.
+        vocabulary: tokens; at least 256 for `draw`, for "roberta" 257.
+        positions: longest sequence.
+        dropout: probability, everywhere the model has any.
+    """
+    shape = {"num_hidden_layers": layers, "num_attention_heads": heads}
+    if family == "llama":
         config = LlamaConfig(
             **shape,
-            vocab_size=_BYTES,
-            hidden_size=args.hidden,
-            # Three matrices of 8/3 · hidden do the work of two of 4 · hidden, as in LLaMA.
-            intermediate_size=math.ceil(args.hidden * 8 / 3 / 32) * 32,
-            max_position_embeddings=args.sequence,
-            attention_dropout=args.dropout,
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            max_position_embeddings=positions,
+            attention_dropout=dropout,
             use_cache=False,
         )
         return LlamaForCausalLM(config)
-    if args.model == "gpt2":
+    if family == "gpt2":
         config = GPT2Config(
-            vocab_size=_BYTES,
-            n_embd=args.hidden,
-            n_layer=args.layers,
-            n_head=args.heads,
-            n_positions=args.sequence,
-            resid_pdrop=args.dropout,
-            embd_pdrop=args.dropout,
-            attn_pdrop=args.dropout,
+            vocab_size=vocabulary,
+            n_embd=hidden,
+            n_inner=inner,
+            n_layer=layers,
+            n_head=heads,
+            n_positions=positions,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
             bos_token_id=0,
             eos_token_id=0,
             use_cache=False,
@@ -138,17 +176,17 @@ def build(args: argparse.Namespace) -> nn.Module:
         return GPT2LMHeadModel(config)
     config = RobertaConfig(
         **shape,
-        vocab_size=_BYTES + 1,
-        hidden_size=args.hidden,
-        intermediate_size=4 * args.hidden,
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
         # Positions begin behind the padding token's number.
-        max_position_embeddings=args.sequence + 1,
+        max_position_embeddings=positions + 1,
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=0,
         type_vocab_size=1,
-        hidden_dropout_prob=args.dropout,
-        attention_probs_dropout_prob=args.dropout,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     return RobertaForMaskedLM(config)
 
@@ -277,6 +315,23 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = "none"
     return facts
+
+
+def commit() -> str | None:
+    """Return the commit of the checkout that these examples are in, if they are in one."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + (" and changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def processor() -> str:
