@@ -246,8 +246,12 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
     """Return Markdown: one table a setting, one row a method, gaps paired by seed."""
     settings: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
     for run in runs:
-        key = json.dumps(run["setting"])
-        settings.setdefault(key, defaultdict(dict))[run["method"]][run["seed"]] = run
+        shared = {name: value for name, value in run["setting"].items() if name != "targets"}
+        targets = run["setting"]["targets"]
+        # The exact run is the same whatever would be compressed.
+        name = run["method"] if targets == "qkv" else f"{run['method']} on {targets}"
+        name = "exact" if run["method"] == "exact" else name
+        settings.setdefault(json.dumps(shared), defaultdict(dict))[name][run["seed"]] = run
     parts = []
     for key, methods in settings.items():
         described = ", ".join(f"{name} {value}" for name, value in json.loads(key).items())
