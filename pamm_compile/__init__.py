@@ -9,6 +9,7 @@ from pamm_compile.errors import (
     NothingMatchedError,
     PammError,
     UnsupportedTorchError,
+    UnsupportedTrainerError,
 )
 from pamm_compile.explain import explain
 from pamm_compile.graph.match import Reason, register_attention
@@ -33,6 +34,7 @@ __all__ = [
     "SavedStorage",
     "SiteReport",
     "UnsupportedTorchError",
+    "UnsupportedTrainerError",
     "__version__",
     "backend",
     "compare_memory",

@@ -21,3 +21,7 @@ class UnsupportedTorchError(PammError, ImportError):
 
 class MeasurementError(PammError, RuntimeError):
     """What was to be measured did not happen, or cannot be measured as asked."""
+
+
+class UnsupportedTrainerError(PammError, RuntimeError):
+    """A trainer is set up in a way that compiled code cannot be used in."""
