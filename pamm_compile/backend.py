@@ -231,7 +231,8 @@ def _readable(source: str) -> str:
     name = re.sub(r"\.?_(modules|parameters|buffers)(?=\W)", "", source)
     name = re.sub(r"\[['\"]?([^]'\"]+)['\"]?\]", r".\1", name)
     name = re.sub(r"^[LG]\.", "", name)
-    name = re.sub(r"^self\.", "", name)
+    # A wrapper such as accelerate's autocast hands the module on in its own *args.
+    name = re.sub(r"^(self|args\.0)\.", "", name)
     return re.sub(r"^_orig_mod\.|^fn\.", "", name)
 
 
