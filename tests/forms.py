@@ -129,6 +129,14 @@ class FusedQKV(nn.Module):
         return x + self.c_proj(join_heads(y))
 
 
+class TiedQueryKey(Attention):
+    """q and k by one weight: its gradient is a sum of two matmuls with the same X."""
+
+    def __init__(self) -> None:
+        super().__init__(_sdpa(is_causal=True))
+        self.k = self.q
+
+
 class EinsumHeads(nn.Module):
     """One weight tensor [heads, width, head] for each of q, k and v."""
 
@@ -204,6 +212,7 @@ _MEMORY = (BATCH, 20, WIDTH)
 
 MODULE_FORMS = [
     Case("fused_qkv", FusedQKV, lambda: {"x": _x()}, (r"^c_attn\.weight$",), 1, _mean_square),
+    Case("tied_qk", TiedQueryKey, lambda: {"x": _x()}, (r"^[qv]\.weight$",), 1, _mean_square),
     Case("einsum_heads", EinsumHeads, lambda: {"x": _x()}, (r"^[qkv]$",), 1, _mean_square),
     Case("per_head", PerHead, lambda: {"x": _x()}, (r"^[qkv]\.\d\.weight$",), 1, _mean_square),
     Case(

@@ -100,8 +100,9 @@ def _own_reason(joint: JointGraph, site: Site, options: Options) -> tuple[Reason
         return Reason.NARROW_INPUT, "compressed there: " + ", ".join(
             p.narrow_of.name for p in trained if p.narrow_of is not None
         )
-    covered = {g.projection.node for g in site.gradients}
-    missing = [p.name for p in trained if p.node not in covered]
+    # By parameter: projections that share one have their gradients listed under the first.
+    covered = {w.node for g in site.gradients for w in g.projection.parameters}
+    missing = [p.name for p in trained if covered.isdisjoint(w.node for w in p.parameters)]
     val = value(site.input)
     if missing or not _is_matrix(val):
         return Reason.UNSUPPORTED_LAYOUT, ", ".join(missing)
