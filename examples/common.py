@@ -107,6 +107,28 @@ def draw(
     return {"input_ids": ids.masked_fill(masked, _MASK), "labels": ids.masked_fill(~masked, -100)}
 
 
+class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random windows of a text, for trainers that make batches themselves.
+
+    Args:
+        text: uint8 [bytes].
+        model: one of MODELS.
+        count: how many windows; each is drawn by its number.
+        sequence: bytes a window.
+    """
+
+    def __init__(self, text: Tensor, model: str, count: int, sequence: int) -> None:
+        self.text, self.model, self.count, self.sequence = text, model, count, sequence
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        batch = draw(self.text, self.model, 1, self.sequence, generator)
+        return {name: each[0] for name, each in batch.items()}
+
+
 def build(args: argparse.Namespace) -> nn.Module:
     """Build one of Transformers' own classes from its configuration, with random weights."""
     # Three matrices of 8/3 · hidden do the work of two of 4 · hidden, as in LLaMA.
