@@ -1,0 +1,117 @@
+"""The ways to run a training step that are compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor, nn
+
+import pamm_compile
+from benchmark.shapes import Case
+
+BUDGETS = (0.99, 0.8, 0.5)
+REFERENCE = "compile"
+"""The arm that step times are divided by."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to run a training step."""
+
+    name: str
+    compiled: bool = True
+    pamm: bool = False
+    budget: float = 1.0
+    """Fraction of activation memory to keep; 1 is torch's default."""
+    aggressive: bool = False
+    checkpointed: bool = False
+    """Every block of the model is checkpointed."""
+
+    def settings(self) -> AbstractContextManager[None]:
+        """Return the settings of torch.compile under which this arm is compiled."""
+        settings: AbstractContextManager[None] = functorch_config.patch(
+            activation_memory_budget=self.budget, aggressive_recomputation=self.aggressive
+        )
+        return settings
+
+
+ARMS = (
+    Arm("eager", compiled=False),
+    Arm(REFERENCE),
+    *(Arm(f"compile + budget {budget:g}", budget=budget) for budget in BUDGETS),
+    Arm("compile + aggressive recomputation", aggressive=True),
+    Arm("compile + checkpointing", checkpointed=True),
+    Arm("PAMM", pamm=True),
+    *(Arm(f"PAMM + budget {budget:g}", pamm=True, budget=budget) for budget in BUDGETS),
+)
+
+
+def variant(arm: Arm, model: nn.Module) -> nn.Module:
+    """Return the model as an arm runs it, uncompiled: with the same parameters, not copies."""
+    if not arm.checkpointed:
+        return model
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, shared)
+    # Transformers renamed it within its fifth major release.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    return model
+
+
+def pamm_backend(case: Case) -> pamm_compile.Backend:
+    """Return the backend of the PAMM arms."""
+    return pamm_compile.backend(ratio=case.ratio, min_tokens=case.min_tokens, strict=True)
+
+
+def compile_arm(arm: Arm, model: nn.Module, case: Case) -> nn.Module:
+    """Compile a model as an arm asks for."""
+    model = variant(arm, model)
+    if not arm.compiled:
+        return model
+    compiled: nn.Module = torch.compile(model, backend=_ArmBackend(arm, case), dynamic=False)
+    return compiled
+
+
+class _ArmBackend:
+    """A backend of its own for each arm, since Dynamo shares compiled code by backend."""
+
+    def __init__(self, arm: Arm, case: Case) -> None:
+        self._arm = arm
+        self._compile: Callable[..., Any] = (
+            pamm_backend(case) if arm.pamm else torch._dynamo.lookup_backend("inductor")
+        )
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        with self._arm.settings():
+            compiled: Callable[..., Any] = self._compile(gm, inputs)
+            return compiled
+
+
+def loss_function(model: nn.Module, batch: dict[str, Tensor], case: Case) -> Callable[[], Tensor]:
+    """Return the forward pass of a step."""
+
+    def loss() -> Tensor:
+        with precision(case):
+            result: Tensor = model(**batch).loss
+        return result
+
+    return loss
+
+
+def precision(case: Case) -> AbstractContextManager[Any]:
+    """Return autocast for "bfloat16"."""
+    return torch.autocast(
+        torch.device(case.device).type, torch.bfloat16, enabled=case.dtype == "bfloat16"
+    )
+
+
+def train_step(loss: Callable[[], Tensor], model: nn.Module) -> None:
+    """Run forward and backward; gradients are made anew, as after `zero_grad()`."""
+    loss().backward()
+    model.zero_grad(set_to_none=True)

@@ -1,0 +1,195 @@
+"""Tables, verdicts and pictures of what was measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import common
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from benchmark import verdict
+from benchmark.arms import ARMS, REFERENCE
+from benchmark.shapes import NAMES
+
+Model = Mapping[str, Any]
+METRICS = {"peak": "peak_bytes", "saved": "saved_bytes"}
+
+
+def measured(model: Model) -> dict[str, Model]:
+    """Return the arms of a model that have all figures."""
+    return {
+        name: arm
+        for name, arm in model["arms"].items()
+        if arm.get("times_s") and "peak_bytes" in arm
+    }
+
+
+def conclude(model: dict[str, Any]) -> None:
+    """Add to a model's record what follows from its arms' figures."""
+    arms = measured(model)
+    if REFERENCE not in arms:
+        return
+    reference = arms[REFERENCE]
+    for arm in arms.values():
+        ratio = verdict.quartiles(verdict.paired_ratios(arm["times_s"], reference["times_s"]))
+        arm["time_ratio"] = ratio._asdict()
+        arm["step_s"] = statistics.median(arm["times_s"])
+        arm["throughput_ratio"] = 1 / ratio.median
+        for metric, field in METRICS.items():
+            arm[f"{metric}_ratio"] = arm[field] / reference[field]
+    pamm = [arm.name for arm in ARMS if arm.pamm and arm.name in arms]
+    exact = [arm.name for arm in ARMS if not arm.pamm and arm.name in arms]
+    model["verdicts"], model["pareto"] = {}, {}
+    for metric, field in METRICS.items():
+        figures = {n: verdict.Figures(arm[field], arm["times_s"]) for n, arm in arms.items()}
+        model["verdicts"][metric] = {n: verdict.verdict(n, figures, exact) for n in pamm}
+        model["pareto"][metric] = verdict.pareto(
+            {n: (arm[field], arm["time_ratio"]["median"]) for n, arm in arms.items()}
+        )
+
+
+def sentences(model: Model, metric: str) -> Iterator[str]:
+    """Say of every PAMM arm how it stands to the exact arms."""
+    words = {
+        "dominates": "dominates",
+        "dominated_by": "is dominated by",
+        "tie": "ties with",
+        "trade_off": "trades memory for time against",
+    }
+    for name, found in model.get("verdicts", {}).get(metric, {}).items():
+        parts = [f"{words[kind]} {', '.join(arms)}" for kind, arms in found.items() if arms]
+        yield f"{name}: {'; '.join(parts)}."
+
+
+def model_table(model: Model) -> list[str]:
+    """Return the lines of a Markdown table of a model's arms."""
+    lines = [
+        "| arm | saved MiB | peak MiB | step ms | by compile (quartiles) | loss |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for name, arm in model["arms"].items():
+        if "time_ratio" in arm:
+            ratio = arm["time_ratio"]
+            seconds = f"{arm['step_s'] * 1e3:.1f}"
+            by = f"{ratio['median']:.3f} ({ratio['low']:.3f}–{ratio['high']:.3f})"
+        else:
+            seconds, by = arm.get("not_timed", "–"), "–"
+        if "saved_bytes" in arm:
+            saved, peak = map(common.mebibytes, (arm["saved_bytes"], arm["peak_bytes"]))
+            loss = f"{arm['loss']:.4f}"
+        else:
+            saved, peak, loss = "–", arm.get("error", "–"), "–"
+        lines.append(f"| {name} | {saved} | {peak} | {seconds} | {by} | {loss} |")
+    return lines
+
+
+def summarize_quality(quality: Mapping[str, Any]) -> dict[str, Any]:
+    """Return, per arm, the losses of all seeds, their means, and the gaps to the exact runs."""
+    summary: dict[str, Any] = {}
+    for seed in quality.values():
+        for name, run in seed.items():
+            each = summary.setdefault(name, {"train": [], "validation": [], "gap": []})
+            each["train"].append(run["train_loss"])
+            each["validation"].append(run["validation_loss"])
+            each["gap"].append(run["validation_loss"] - seed[REFERENCE]["validation_loss"])
+    for each in summary.values():
+        each.update({f"{k}_mean": statistics.fmean(v) for k, v in list(each.items())})
+    return summary
+
+
+def quality_table(quality: Mapping[str, Any]) -> list[str]:
+    """Return the lines of a Markdown table of losses."""
+    seeds = ", ".join(quality)
+    lines = [
+        f"| after the same steps, seeds {seeds} | training loss | validation loss | above exact |",
+        "|---|--:|--:|--:|",
+    ]
+    for name, each in summarize_quality(quality).items():
+        train, validation = (
+            ", ".join(f"{loss:.3f}" for loss in each[kind]) for kind in ("train", "validation")
+        )
+        gaps = ", ".join(f"{gap:+.3f}" for gap in each["gap"])
+        above = "–" if name == REFERENCE else f"{gaps} (mean {each['gap_mean']:+.3f})"
+        lines.append(f"| {name} | {train} | {validation} | {above} |")
+    return lines
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """Write everything that was measured as Markdown."""
+    facts = ", ".join(f"{name} {fact}" for name, fact in record["environment"].items())
+    lines = ["# Training steps", "", f"`{record['command']}`", "", f"{facts}.", ""]
+    for name, model in record["models"].items():
+        lines += [f"## {NAMES[name]}", "", f"{model['cuts']}.", "", *model_table(model), ""]
+        done = measured(model)
+        if done:
+            first = next(iter(done.values()))
+            lines += [
+                f"Peak: {first['peak_source']}; median of {len(first['peaks_bytes'])}. Step: "
+                f"forward and backward, no optimizer; {len(first['times_s'])} rounds of all arms "
+                "in turn, ratios paired by round.",
+                "",
+            ]
+        for metric in METRICS:
+            found = list(sentences(model, metric))
+            if found:
+                front = ", ".join(model["pareto"][metric])
+                lines += [f"By {metric} memory and time (front: {front}):", ""]
+                lines += [*(f"- {sentence}" for sentence in found), ""]
+        if "verdicts" in model:
+            lines += [f"![frontier](frontier-{name}.png)", ""]
+        if model.get("quality"):
+            lines += [*quality_table(model["quality"]), ""]
+    for name in record["left_out"]:
+        lines.append(f"{NAMES[name]} is left to `paper_table.py` on this machine.")
+    if record["skipped"]:
+        lines += ["", "Not done for want of time: " + ", ".join(record["skipped"]) + "."]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def plot(name: str, model: Model, path: Path) -> None:
+    """Draw memory against throughput, both by those of exact torch.compile."""
+    arms = measured(model)
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
+    for axes, metric in zip(panels, METRICS, strict=True):
+        _draw(axes, arms, metric, model["pareto"][metric])
+    panels[0].set_ylabel("throughput, by that of compile")
+    figure.suptitle(model["cuts"], wrap=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _draw(axes: Any, arms: Mapping[str, Model], metric: str, front: Sequence[str]) -> None:
+    points = {name: (arm[f"{metric}_ratio"], arm["throughput_ratio"]) for name, arm in arms.items()}
+    for name, (x, y) in points.items():
+        ratio = arms[name]["time_ratio"]
+        error = [[y - 1 / ratio["high"]], [1 / ratio["low"] - y]]
+        color = "C3" if name.startswith("PAMM") else "C0" if name != "eager" else "gray"
+        axes.errorbar(x, y, yerr=error, fmt="o", color=color, capsize=2, markersize=5)
+    steps = [points[name] for name in front]
+    axes.plot(*zip(*steps, strict=True), color="black", linewidth=0.8, zorder=0, label="front")
+    # Labels that would lie on each other are stacked, from the top down.
+    taken: list[tuple[float, float]] = []
+    xs, ys = zip(*points.values(), strict=True)
+    width, height = (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 1.0
+    for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
+        at = y
+        while any(abs(x - a) < 0.35 * width and 0 <= b - at < 0.045 * height for a, b in taken):
+            at -= 0.01 * height
+        taken.append((x, at))
+        axes.annotate(
+            name,
+            (x, y),
+            xytext=(x + 0.02 * width, at),
+            fontsize=8,
+            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "gray"},
+        )
+    axes.margins(x=0.3, y=0.12)
+    axes.set(xlabel=f"{metric} memory, by that of compile")
+    axes.legend(loc="lower right", fontsize=8)

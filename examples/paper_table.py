@@ -1,0 +1,170 @@
+"""The paper's table of Q, K and V memory, and what every arm saves, at full size, by fake tensors.
+
+    python examples/paper_table.py                                  # everything, tens of minutes
+    python examples/paper_table.py --models llama-60m --only qkv    # less than a minute
+
+Nothing is computed: models are traced, rewritten and partitioned as torch.compile does, with
+tensors that have no memory, and the bytes that cross from forward to backward are added up. Times
+and peaks need a machine: benchmark_training.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import common
+from benchmark import partitions
+from benchmark.arms import ARMS, REFERENCE
+from benchmark.shapes import DEVICE_TOKENS, NAMES, SHAPES, Case
+from tqdm import tqdm
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    llamas = [name for name in SHAPES if name.startswith("llama")]
+    parser.add_argument("--models", nargs="+", choices=llamas, default=llamas, help="default: all")
+    parser.add_argument("--only", choices=("qkv", "arms"), help="default: both tables")
+    parser.add_argument(
+        "--tokens",
+        type=common.positive,
+        default=DEVICE_TOKENS,
+        help="a step on one device, in sequences of 256 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[128, 256, 512], help="of the QKV table"
+    )
+    parser.add_argument("--ratio", type=float, default=256, help="of the PAMM arms (256)")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", partitions.WEIGHTS),
+        default=partitions.WEIGHTS,
+        help="bfloat16 is autocast, with float32 weights (default: %(default)s)",
+    )
+    parser.add_argument("--layers", type=common.positive, help="default: each model's")
+    parser.add_argument("--width", type=common.positive, help="default: each model's")
+    parser.add_argument("--vocabulary", type=common.positive, help="default: 32,000")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
+    return parser.parse_args(arguments)
+
+
+def make_case(name: str, args: argparse.Namespace) -> Case:
+    shape = SHAPES[name]
+    if args.tokens % shape.sequence:
+        raise SystemExit(f"--tokens {args.tokens} is not a multiple of {shape.sequence}")
+    given = {field: getattr(args, field) for field in ("layers", "width", "vocabulary")}
+    return Case(
+        model=name,
+        shape=shape._replace(**{field: value for field, value in given.items() if value}),
+        batch=args.tokens // shape.sequence,
+        dtype=args.dtype,
+        ratio=args.ratio,
+    )
+
+
+def qkv_table(models: dict[str, Any]) -> list[str]:
+    """Return the lines of the paper's table: C alone as the paper counts, then all we save."""
+    lines = [
+        "| inputs of Q, K and V | ratio | k | exact MiB | C alone MiB | by exact "
+        "| C, f and α MiB | by exact |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for name, model in models.items():
+        for ratio, row in model.get("qkv", {}).items():
+            exact, alone, whole = (
+                row["exact_bytes"],
+                row["generator_bytes"],
+                row["all_bytes"],
+            )
+            lines.append(
+                f"| {NAMES[name]} | 1/{ratio} | {row['generators']} "
+                f"| {common.mebibytes(exact)} "
+                f"| {alone / 2**20:.2f} | 1/{exact / alone:.0f} "
+                f"| {whole / 2**20:.2f} | 1/{exact / whole:.0f} |"
+            )
+    return lines
+
+
+def arms_table(models: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of the bytes that each arm saves."""
+    shown = [name for name, model in models.items() if model.get("arms")]
+    lines = [
+        "| saved for backward | "
+        + " | ".join(f"{NAMES[n]} MiB | by compile" for n in shown)
+        + " |",
+        "|---|" + "--:|" * (2 * len(shown)),
+    ]
+    for arm in ARMS:
+        cells = []
+        for name in shown:
+            arms = models[name]["arms"]
+            if arm.name not in arms or REFERENCE not in arms:
+                cells += ["–", "–"]
+                continue
+            saved, exact = arms[arm.name]["saved_bytes"], arms[REFERENCE]["saved_bytes"]
+            cells += [f"{saved / 2**20:,.0f}", f"{saved / exact:.3f}"]
+        lines.append(f"| {arm.name} | " + " | ".join(cells) + " |")
+    heads = [
+        f"{NAMES[name]} {models[name]['arms'][REFERENCE]['head_bytes'] / 2**20:,.0f} MiB"
+        for name in shown
+        if REFERENCE in models[name]["arms"]
+    ]
+    return [*lines, "", f"Of these, logits of the loss head, under compile: {', '.join(heads)}."]
+
+
+def main() -> None:
+    args = parse()
+    args.device = "cpu"
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "partitions.json"
+    options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    facts = {**common.environment(args), "commit": common.commit()}
+    record: dict[str, Any] = {
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "environment": facts,
+        "options": options,
+        "models": {},
+    }
+    started = time.time()
+
+    def save() -> None:
+        record["seconds"] = time.time() - started
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+    steps = (args.only != "arms") + (len(ARMS) if args.only != "qkv" else 0)
+    with tqdm(total=steps * len(args.models), unit="partition", dynamic_ncols=True) as bar:
+        for name in args.models:
+            case = make_case(name, args)
+            model = record["models"][name] = {"cuts": case.cuts(), "tokens": case.tokens}
+            if args.only != "arms":
+                bar.set_description(f"{name}, Q, K and V")
+                model["qkv"] = partitions.qkv(case, args.ratios)
+                save()
+                bar.update()
+            if args.only == "qkv":
+                continue
+            model["arms"] = {}
+            for arm, found in partitions.frontier(case):
+                model["arms"][arm] = found
+                save()
+                bar.set_description(f"{name}, {arm}")
+                bar.update()
+    lines = [f"{model['cuts']}." for model in record["models"].values()]
+    if args.only != "arms":
+        lines += ["", *qkv_table(record["models"])]
+    if args.only != "qkv":
+        lines += ["", *arms_table(record["models"])]
+    print("\n".join(lines))
+    (args.out / "partitions.md").write_text("\n".join(lines) + "\n")
+    print(f"\n{record['seconds']:.0f} s; wrote {path} and {path.with_suffix('.md')}")
+
+
+if __name__ == "__main__":
+    common.run(main)
