@@ -171,7 +171,7 @@ class Benchmark:
         facts["machine"] = f"{common.processor()}, {args.threads} threads"
         options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         self.record: dict[str, Any] = {
-            "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "environment": facts,
             "options": options,
             "arms": [arm.name for arm in ARMS],

@@ -127,7 +127,7 @@ def main() -> None:
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     facts = {**common.environment(args), "commit": common.commit()}
     record: dict[str, Any] = {
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "environment": facts,
         "options": options,
         "models": {},
