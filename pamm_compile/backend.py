@@ -65,6 +65,8 @@ class Backend:
         report = recorded.settle(joint_pass.report)
         self.report.add(report)
         log.info("%s", report.summary())
+        if report.sites or report.notes:
+            log.debug("\n%s", Report([report]))
         _compat.trace_structured(
             "artifact",
             metadata_fn=lambda: {"name": "pamm_compile_report", "encoding": "json"},

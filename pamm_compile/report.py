@@ -73,8 +73,8 @@ class GraphReport:
         line = f"{len(done)} of {len(self.sites)} sites, {_size(before)} → {_size(after)}"
         reasons = [s.reason for s in self.sites if s.reason] + [n.reason for n in self.notes]
         if reasons:
-            counts = (f"{reasons.count(r)} {r}" for r in dict.fromkeys(reasons))
-            line += "; declined: " + ", ".join(counts)
+            counts = (f"{r} ×{reasons.count(r)}" for r in dict.fromkeys(reasons))
+            line += f"; {len(reasons)} declined: {', '.join(counts)}"
         return line
 
 
