@@ -201,7 +201,8 @@ class JointGraph:
         found = {}
         for desc, out in zip(descs, outputs, strict=True):
             key = _compat.gradient_key(desc)
-            if key is not None and isinstance(out, Node):
+            # A DTensor's mesh is listed beside its shard from torch 2.12 on, under the same key.
+            if key is not None and isinstance(out, Node) and _is_tensor(out):
                 found[key] = out
         return found
 
@@ -211,7 +212,7 @@ class JointGraph:
         found = {}
         for node in self.graph.find_nodes(op="placeholder"):
             key = _compat.input_key(node.meta.get("desc"))
-            if key is not None and key in self._names:
+            if key is not None and key in self._names and _is_tensor(node):
                 found[node] = Parameter(node, self._names[key], self._gradients.get(key))
         return found
 
@@ -308,6 +309,10 @@ class JointGraph:
                 elif user in self._only_for_gradients:
                     backward.add(user)
         return closure, backward
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(value(node), torch.Tensor)
 
 
 def _is_getitem(node: Node) -> bool:

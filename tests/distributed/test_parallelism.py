@@ -1,0 +1,54 @@
+"""PAMM under PyTorch's own distributed engines, in real processes.
+
+The assertions are in the modules that the ranks run; a failure here shows the rank's traceback.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import RankFailedError, launch
+
+
+@pytest.mark.slow
+def test_distributed_data_parallel() -> None:
+    launch("ddp_checks:main", ranks=2)
+
+
+@pytest.mark.slow
+def test_fully_sharded_data_parallel() -> None:
+    launch("fsdp_checks:main", ranks=2)
+
+
+@pytest.mark.slow
+def test_tensor_and_sequence_parallel() -> None:
+    launch("tp_checks:main", ranks=2)
+
+
+@pytest.mark.slow
+def test_two_dimensional_parallel() -> None:
+    launch("tp_checks:main_2d", ranks=4)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_is_reported_and_not_waited_for() -> None:
+    with pytest.raises(RankFailedError, match="rank 1 ended with 1") as caught:
+        launch("failing_checks:one_raises", ranks=2)
+    assert "ValueError: this rank gives up" in str(caught.value)
+    assert "still running" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_ranks_that_wait_are_ended_and_located() -> None:
+    with pytest.raises(RankFailedError, match="still running after 40 s") as caught:
+        launch("failing_checks:one_waits", ranks=2, timeout=40)
+    assert "in one_waits" in str(caught.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["fsdp", "sequence_parallel"])
+def test_on_gpus(check: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for every rank, and there are fewer than two")
+    launch(f"gpu_checks:{check}", ranks=2, backend="nccl")
