@@ -137,6 +137,14 @@ class TiedQueryKey(Attention):
         self.k = self.q
 
 
+class DropoutOfZero(Attention):
+    """One projection reads a copy of what the others read: X is still compressed only once."""
+
+    def __init__(self) -> None:
+        super().__init__(_sdpa(is_causal=True))
+        self.k = nn.Sequential(nn.Dropout(0.0), nn.Linear(WIDTH, WIDTH))
+
+
 class EinsumHeads(nn.Module):
     """One weight tensor [heads, width, head] for each of q, k and v."""
 
@@ -213,6 +221,10 @@ _MEMORY = (BATCH, 20, WIDTH)
 MODULE_FORMS = [
     Case("fused_qkv", FusedQKV, lambda: {"x": _x()}, (r"^c_attn\.weight$",), 1, _mean_square),
     Case("tied_qk", TiedQueryKey, lambda: {"x": _x()}, (r"^[qv]\.weight$",), 1, _mean_square),
+    Case(
+        "dropout_of_zero", DropoutOfZero, lambda: {"x": _x()}, (r"^([qv]|k\.1)\.weight$",), 1,
+        _mean_square,
+    ),
     Case("einsum_heads", EinsumHeads, lambda: {"x": _x()}, (r"^[qkv]$",), 1, _mean_square),
     Case("per_head", PerHead, lambda: {"x": _x()}, (r"^[qkv]\.\d\.weight$",), 1, _mean_square),
     Case(

@@ -29,6 +29,12 @@ _CHAIN = {
     "prims::convert_element_type", "prims::view_of", "aten::lift_fresh_copy",
 }  # fmt: skip
 
+# Of these, what keeps shape, order and dtype; F.dropout(x, 0.0) leaves a clone, for one.
+_COPIES = {
+    "aten::alias", "aten::clone", "aten::contiguous", "aten::detach", "aten::lift_fresh_copy",
+    "prims::view_of",
+}  # fmt: skip
+
 # A weight's gradient reaches the graph's output through these, and no others.
 _GRADIENT_PATH = _CHAIN | {
     "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::neg", "aten::sum", "aten::cat",
@@ -124,8 +130,8 @@ def chain_of(node: Node) -> Chain:
         if not isinstance(source, Node):
             break
         options = tuple(sorted(node.kwargs.items()))
-        # aten.alias and aten.detach change nothing; leaving them out lets equal chains compare so.
-        if op_name(node) not in ("aten::alias", "aten::detach"):
+        # A copy holds what its source does: without it, equal chains compare so.
+        if op_name(node) not in _COPIES:
             steps.append((op_name(node), _freeze(node.args[1:]), _freeze(options)))
         node = source
     return Chain(node, tuple(reversed(steps)))
