@@ -48,7 +48,12 @@ class Captured:
 
 
 def capturing_backend(
-    captured: Captured, options: Options, *, decompose: bool, apply: bool = True
+    captured: Captured,
+    options: Options,
+    *,
+    decompose: bool,
+    apply: bool = True,
+    run: Callable[[GraphModule, list[Any]], Any] = _compat.boxed_nop,
 ) -> Callable[..., Any]:
     """Return a Dynamo backend that partitions as Inductor does and runs the parts eagerly."""
 
@@ -58,14 +63,14 @@ def capturing_backend(
         kept = Captured() if captured.inputs else captured
 
         def partition(module: GraphModule, *args: Any, **kwargs: Any) -> Any:
-            kept.before = module.print_readable(print_output=False)
+            kept.before = str(module.graph)
             joint = JointGraph(module.graph, joint_pass.parameter_names)
             sites = decide(joint, find_sites(joint, options.targets), options).accepted
             bases = [joint.readers(site.chain.base)[0] for site in sites]
             kept.inputs = [{node.name for node in nodes} for nodes in bases]
             joint_pass(module.graph)
             module.recompile()
-            kept.after = module.print_readable(print_output=False)
+            kept.after = str(module.graph)
             kept.joint = module.graph
             assert joint_pass.report is not None
             kept.report = joint_pass.report
@@ -74,7 +79,7 @@ def capturing_backend(
         def keep(name: str) -> Callable[..., Any]:
             def compiler(part: GraphModule, example_inputs: list[Any]) -> Any:
                 setattr(kept, name, part.graph)
-                return _compat.boxed_nop(part, example_inputs)
+                return run(part, example_inputs)
 
             return compiler
 
@@ -88,6 +93,36 @@ def capturing_backend(
         )(gm, inputs)
 
     return backend
+
+
+def check_saved(captured: Captured, sites: int, budget: float) -> None:
+    """Assert that every site's C, f and α are saved, and that no gradient reads its X."""
+    assert len(captured.inputs) == sites
+    assert captured.forward is not None
+    assert captured.backward is not None
+    saved = {node.name for node in captured.saved()}
+    in_forward = {node.name for node in captured.forward.nodes}
+    for names in captured.inputs:
+        # Below a budget of 1 the partitioner may compute a residual sum or a projection again, and
+        # read X for that, from a graph input if it is one. No gradient may.
+        readers = {u for n in captured.backward.nodes if n.name in names for u in n.users}
+        assert {u.name for u in readers} <= in_forward, "the backward pass still reads X"
+        assert budget < 1 or not readers
+        is_graph_input = any(name.startswith("primals") for name in names)
+        assert not names & saved or (budget < 0.9 and is_graph_input)
+
+    assert captured.joint is not None
+    contractions = [n for n in captured.backward.nodes if "pamm.contract" in str(n.target)]
+    assert len(contractions) == sites
+    assert "pamm::assign" not in operators(captured.backward), "recomputed, not saved"
+    for node in contractions:
+        index, scale = node.args[0], node.args[1]
+        assert index.op == scale.op == "placeholder"
+        assert {index.name, scale.name} <= saved
+    for node in captured.joint.nodes:
+        if "pamm.assign" in str(node.target):
+            # Saved as it is, or transposed where the weight gradient wants it so.
+            assert {node.args[1].name, *(u.name for u in node.args[1].users)} & saved
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from forms import FORMS
-from graphs import Captured, capturing_backend, memory_budget, operators, step
+from graphs import Captured, capturing_backend, check_saved, memory_budget, step
 from zoo import TRANSFORMERS, Case, without_dropout
 
 import pamm_compile
@@ -63,33 +63,7 @@ def test_saves_the_compressed_form_and_not_the_input(case: Case, budget: float) 
     with memory_budget(budget):
         ours = step(model, torch.compile(model, backend=backend), batch, case.loss)
     assert ours.loss.isfinite()
-    assert len(captured.inputs) == case.sites
-    assert captured.forward is not None
-    assert captured.backward is not None
-
-    saved = {node.name for node in captured.saved()}
-    in_forward = {node.name for node in captured.forward.nodes}
-    for names in captured.inputs:
-        # Below a budget of 1 the partitioner may compute a residual sum or a projection again, and
-        # read X for that, from a graph input if it is one. No gradient may.
-        readers = {u for n in captured.backward.nodes if n.name in names for u in n.users}
-        assert {u.name for u in readers} <= in_forward, "the backward pass still reads X"
-        assert budget < 1 or not readers
-        is_graph_input = any(name.startswith("primals") for name in names)
-        assert not names & saved or (budget < 0.9 and is_graph_input)
-
-    assert captured.joint is not None
-    contractions = [n for n in captured.backward.nodes if "pamm.contract" in str(n.target)]
-    assert len(contractions) == case.sites
-    assert "pamm::assign" not in operators(captured.backward), "recomputed, not saved"
-    for node in contractions:
-        index, scale = node.args[0], node.args[1]
-        assert index.op == scale.op == "placeholder"
-        assert {index.name, scale.name} <= saved
-    for node in captured.joint.nodes:
-        if "pamm.assign" in str(node.target):
-            # Saved as it is, or transposed where the weight gradient wants it so.
-            assert {node.args[1].name, *(u.name for u in node.args[1].users)} & saved
+    check_saved(captured, case.sites, budget)
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["aten", "decomposed"])

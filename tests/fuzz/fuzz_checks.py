@@ -1,0 +1,388 @@
+"""One spec, compiled exactly and with PAMM from one capture, and every invariant checked on it.
+
+Three runs are compared, with equal weights, inputs and random seeds:
+
+- exact: AOTAutograd with the partitioner, run operator by operator;
+- ours: the same with the pass, interpreted, so that X, C, f and α are at hand;
+- oracle: the plain module in eager mode, in which every compressed product has its weight gradient
+  computed from X̂ = α·C[f] by definition. It knows nothing of graphs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from blocks import Model, Product, Spec, build, inputs
+from fuzz_expected import expect
+from graphs import Captured, capturing_backend, check_saved, memory_budget
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from pamm_compile import _compat
+from pamm_compile.config import Options
+from pamm_compile.graph.joint import op_name
+from pamm_compile.graph.joint_pass import JointPass
+from pamm_compile.graph.match import Reason
+
+# Relative, of norms: what rounding in the spec's dtype may do to a gradient.
+_ROUNDING = {
+    "float64": 1e-9, "float32": 2e-4, "float16": 2e-2, "bfloat16": 1e-1, "autocast": 1e-1,
+}  # fmt: skip
+
+
+@dataclass
+class Site:
+    """What one compressed site held in a real run."""
+
+    x: Tensor
+    rows: Tensor
+    generators: Tensor
+    index: Tensor
+    scale: Tensor
+    parameters: tuple[str, ...] = ()
+
+    def reconstruction(self) -> Tensor:
+        return self.scale.double()[:, None] * self.generators.double()[self.index.long()]
+
+
+class _Recorder(Interpreter):
+    """Runs a graph and keeps the values of some nodes."""
+
+    def __init__(self, part: GraphModule, wanted: set[Node]) -> None:
+        super().__init__(part)
+        self.wanted, self.values = wanted, {}
+
+    def run_node(self, n: Node) -> Any:
+        out = super().run_node(n)
+        if n in self.wanted:
+            self.values[n.name] = out.clone() if isinstance(out, Tensor) else out
+        return out
+
+
+@dataclass
+class Recording:
+    """The compressed sites of the last run, forward nodes first."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    assigns: list[Node] = field(default_factory=list)
+    contracts: list[Node] = field(default_factory=list)
+
+    def compiler(self, part: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        assigns = [n for n in part.graph.nodes if op_name(n) == "pamm::assign"]
+        contracts = [n for n in part.graph.nodes if op_name(n) == "pamm::contract"]
+        self.assigns += assigns
+        self.contracts += contracts
+        wanted = {a for n in [*assigns, *contracts] for a in n.args[:2] if isinstance(a, Node)}
+        wanted |= {u for n in assigns for u in n.users}
+        for node in assigns:
+            wanted |= set(_gather(node).all_input_nodes)
+
+        def run(args: list[Any]) -> Any:
+            recorder = _Recorder(part, wanted)
+            # Placeholders are not run; the lists empty themselves while the graph runs.
+            places = zip(part.graph.find_nodes(op="placeholder"), args, strict=True)
+            self.values.update({n.name: a for n, a in places if n in wanted})
+            result = recorder.boxed_run(args)
+            self.values.update(recorder.values)
+            return result
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    def sites(self) -> list[Site]:
+        """Return the sites in graph order; f and α as the backward pass got them."""
+        by_index = {n.args[0].name: n for n in self.contracts}
+        found = []
+        for node in self.assigns:
+            outputs = {u.args[1]: u.name for u in node.users}
+            contract = by_index[outputs[0]]
+            rows = _gather(node).args[1][0]
+            names = (
+                _gather(node).args[0], rows, node.args[1], contract.args[0], contract.args[1],
+            )  # fmt: skip
+            found.append(Site(*(self.values[n.name] for n in names)))
+        return found
+
+
+def _gather(assign: Node) -> Node:
+    generators = assign.args[1]
+    assert op_name(generators) == "aten::index", generators
+    return generators
+
+
+@dataclass
+class Arms:
+    """The exact and the rewritten graph of one capture, as one callable with a switch."""
+
+    captured: Captured = field(default_factory=Captured)
+    recording: Recording = field(default_factory=Recording)
+    ours: bool = False
+    graphs: int = 0
+
+
+def _backend(arms: Arms, options: Options, decompose: bool) -> Callable[..., Any]:
+    def backend(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        arms.graphs += 1
+        exact = _compat.aot_autograd(
+            fw_compiler=_compat.boxed_nop,
+            bw_compiler=_compat.boxed_nop,
+            decompositions=_compat.select_decomp_table() if decompose else None,
+            partition_fn=_compat.min_cut_rematerialization_partition,
+            keep_inference_input_mutations=True,
+        )
+        pamm = capturing_backend(
+            arms.captured, options, decompose=decompose, run=arms.recording.compiler
+        )
+        compiled = exact(gm, example_inputs), pamm(gm, example_inputs)
+        return lambda *args: compiled[arms.ours](*args)
+
+    return backend
+
+
+@dataclass
+class Run:
+    outputs: tuple[Tensor, ...]
+    grads: dict[str, Tensor]
+
+
+def _run(spec: Spec, model: Model, call: Callable[..., Any], batch: dict[str, Tensor]) -> Run:
+    model.zero_grad(set_to_none=True)
+    for tensor in batch.values():
+        tensor.grad = None
+    torch.manual_seed(spec.seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=spec.dtype == "autocast"):
+        outputs = call(**batch)
+    loss = outputs[0]
+    if spec.returned in ("hidden_used", "input_used"):
+        loss = loss + outputs[1].float().mean()
+    loss.backward()
+    leaves = {**dict(model.named_parameters()), **batch}
+    grads = {n: p.grad.clone() for n, p in leaves.items() if p.grad is not None}
+    return Run(tuple(out.detach().clone() for out in outputs), grads)
+
+
+def options_of(spec: Spec) -> Options:
+    targets: Any = spec.targets
+    return Options(
+        ratio=spec.ratio, epsilon=spec.epsilon, sampling=spec.sampling,  # type: ignore[arg-type]
+        min_generators=spec.min_generators, min_tokens=spec.min_tokens, seed=spec.seed,
+        targets=targets if targets in ("qkv", "linear") else re.compile(targets),
+    )  # fmt: skip
+
+
+def check(spec: Spec) -> Captured:
+    """Build, compile, run and check a spec; an AssertionError names what does not hold."""
+    torch._dynamo.reset()
+    model, batch, arms = build(spec), inputs(spec), Arms()
+    compiled = torch.compile(
+        model,
+        backend=_backend(arms, options_of(spec), spec.decompose),
+        dynamic=spec.dynamic,
+        fullgraph=True,
+    )
+    with memory_budget(spec.budget):
+        _check_run(spec, model, compiled, batch, arms)
+        if spec.dynamic:
+            graphs = arms.graphs
+            _check_run(spec, model, compiled, inputs(spec, longer=3), arms)
+            assert arms.graphs == graphs, "a second shape compiled again"
+    _check_graphs(spec, arms.captured)
+    _check_report(spec, model, arms.captured)
+    return arms.captured
+
+
+def _check_run(
+    spec: Spec, model: Model, compiled: Callable[..., Any], batch: dict[str, Tensor], arms: Arms
+) -> None:
+    arms.ours = False
+    exact = _run(spec, model, compiled, batch)
+    arms.ours = True
+    ours = _run(spec, model, compiled, batch)
+    reports = [site for site in arms.captured.report.sites if site.compressed]
+    sites = arms.recording.sites()
+    assert len(sites) == len(reports)
+    for site, report in zip(sites, reports, strict=True):
+        site.parameters = report.parameters
+        _check_site(spec, site)
+
+    compressed = {name for site in sites for name in site.parameters}
+    for a, b in zip(exact.outputs, ours.outputs, strict=True):
+        assert torch.equal(a, b), "a forward output changed"
+    assert exact.grads.keys() == ours.grads.keys()
+    assert compressed <= ours.grads.keys()
+    for name, grad in exact.grads.items():
+        assert grad.isfinite().all(), f"the spec itself overflows at {name}"
+        assert name in compressed or torch.equal(grad, ours.grads[name]), f"{name} changed"
+
+    tolerance = _ROUNDING[spec.dtype]
+    scale = tolerance * max(grad.double().norm() for grad in exact.grads.values())
+    if spec.ratio == 1:
+        for name in compressed:
+            _assert_close(ours.grads[name], exact.grads[name], tolerance, scale, name)
+    # Decomposed, dropout draws its numbers in another way than in eager mode.
+    if compressed and not (spec.decompose and (spec.dropout or spec.lora_dropout)):
+        with _oracle(spec, model, sites) as used:
+            wanted = _run(spec, model, model, batch)
+        assert used == set(range(len(sites))), "a site whose input is no compressed product's"
+        for name in compressed:
+            _assert_close(ours.grads[name], wanted.grads[name], tolerance, scale, name)
+
+
+def _assert_close(ours: Tensor, wanted: Tensor, rtol: float, atol: Tensor, name: str) -> None:
+    error = (ours.double() - wanted.double()).norm()
+    bound = rtol * wanted.double().norm() + atol
+    assert error <= bound, f"gradient of {name} is off by {error:.3g}, allowed are {bound:.3g}"
+
+
+# One site, by definition -------------------------------------------------------------------------
+
+
+def _check_site(spec: Spec, site: Site) -> None:
+    x, generators = site.x.double(), site.generators.double()
+    tokens = x.shape[0]
+    k = min(tokens, max(spec.min_generators, math.ceil(tokens / spec.ratio)))
+    assert generators.shape == (k, x.shape[1])
+    assert torch.equal(site.generators, site.x[site.rows])
+    rows = site.rows.tolist()
+    if spec.sampling == "uniform" or tokens % k == 0:
+        assert len(set(rows)) == k
+    if spec.sampling == "stratified":
+        assert all(j * tokens // k <= row <= (j + 1) * tokens / k for j, row in enumerate(rows))
+
+    unit = x / x.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    cosines = (unit @ (generators / generators.norm(dim=1, keepdim=True).clamp_min(1e-30)).T).abs()
+    chosen = cosines.gather(1, site.index.long()[:, None])[:, 0]
+    # A choice among equals is decided by rounding in fp32.
+    rounding = 1e-9 if spec.dtype == "float64" else 1e-5
+    assert (chosen >= cosines.amax(dim=1) - rounding).all(), "not the closest generator"
+
+    picked = generators[site.index.long()]
+    alpha = (x * picked).sum(1) / picked.square().sum(1).clamp_min(1e-30)
+    if spec.epsilon is not None and spec.epsilon < 1:
+        gate = chosen**2 - (1 - spec.epsilon**2)
+        is_generator = torch.zeros(tokens, dtype=torch.bool).index_fill(0, site.rows, True)
+        kept = (gate >= 0) | is_generator
+        # Rounding decides about rows on the threshold; take the graph's word there.
+        close = (gate.abs() < rounding) & ~is_generator
+        kept = torch.where(close, site.scale != 0, kept)
+        alpha = torch.where(kept, alpha * tokens / kept.sum(), 0.0)
+    # Norms near the smallest number of the dtype are no measure.
+    error = (site.scale.double() - alpha).abs()
+    relative = {"float64": 1e-9, "float32": 1e-4, "float16": 2e-3}.get(spec.dtype, 1e-2)
+    assert (error <= relative * (alpha.abs() + 1e-3)).all(), "α is not that of the definition"
+
+
+# The gradients, by definition --------------------------------------------------------------------
+
+
+class _Compressed(torch.autograd.Function):
+    """x·Wᵀ whose weight gradient is dZᵀ·X̂."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, reconstruction: Tensor) -> Tensor:
+        ctx.save_for_backward(weight, reconstruction)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, reconstruction = ctx.saved_tensors
+        return grad @ weight, (grad.double().T @ reconstruction).to(weight.dtype), None
+
+
+@contextlib.contextmanager
+def _oracle(spec: Spec, model: Model, sites: list[Site]) -> Iterator[set[int]]:
+    """Put PAMM's definition in the place of every product that is compressed."""
+    names: dict[int, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].add(name)
+    used: set[int] = set()
+
+    def replaced(product: Product) -> Callable[[Tensor], Tensor]:
+        plain = product.forward
+        own = {n for p in product.parameters() if p.requires_grad for n in names[id(p)]}
+
+        def forward(x: Tensor) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            number = _find(spec, flat, own, sites)
+            if number is None:
+                return plain(x)
+            used.add(number)
+            weight, bias = product.matrix(), product.bias
+            if spec.dtype == "autocast":
+                flat, weight = flat.bfloat16(), weight.bfloat16()
+            out = _Compressed.apply(flat, weight, sites[number].reconstruction())
+            out = out.view(*x.shape[:-1], -1)
+            return out if bias is None else out + bias.to(out.dtype)
+
+        return forward
+
+    products = [module for module in model.modules() if isinstance(module, Product)]
+    for product in products:
+        product.forward = replaced(product)  # type: ignore[method-assign]
+    try:
+        yield used
+    finally:
+        for product in products:
+            del product.forward
+
+
+def _find(spec: Spec, x: Tensor, names: set[str], sites: list[Site]) -> int | None:
+    """Return the site that holds this input, by its values, of those with one of these weights."""
+    for number, site in enumerate(sites):
+        if names & set(site.parameters) and site.x.shape == x.shape:
+            error = (site.x.double() - x.detach().double()).norm()
+            if error <= _ROUNDING[spec.dtype] * x.detach().double().norm():
+                return number
+    return None
+
+
+# Graphs and report -------------------------------------------------------------------------------
+
+
+def _check_graphs(spec: Spec, captured: Captured) -> None:
+    compressed = [site for site in captured.report.sites if site.compressed]
+    assert captured.joint is not None
+    if not compressed:
+        assert captured.before == captured.after, "nothing to compress, yet the graph changed"
+        return
+    check_saved(captured, len(compressed), spec.budget)
+    once = str(captured.joint)
+    JointPass(options_of(spec), {})(captured.joint)
+    assert str(captured.joint) == once, "the pass is not idempotent"
+
+
+def _check_report(spec: Spec, model: Model, captured: Captured) -> None:
+    report = captured.report
+    assert report.training
+    reasons = Reason.__members__
+    for site in report.sites:
+        assert site.compressed == (site.reason is None)
+        assert site.compressed or site.reason in reasons
+    assert {note.reason for note in report.notes} <= reasons.keys()
+
+    got = {
+        name: "compressed" if site.compressed else site.reason
+        for site in report.sites
+        for name in site.parameters
+    }
+    expected = expect(spec, model)
+    if expected is not None:
+        assert got == expected.outcomes
+        assert not report.notes
+        if expected.sites is not None:
+            assert sum(site.compressed for site in report.sites) == expected.sites
+    elif spec.targets == "linear":
+        # Whatever the architecture, every trained weight of a matmul is accounted for.
+        names = {id(p): n for n, p in model.named_parameters()}
+        for module in model.modules():
+            if isinstance(module, Product):
+                weights = [p for n, p in module.named_parameters() if "bias" not in n]
+                missing = {names[id(p)] for p in weights if p.requires_grad} - got.keys()
+                assert not missing, "a matmul was overlooked"
