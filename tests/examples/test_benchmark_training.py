@@ -161,7 +161,10 @@ def test_the_peak_is_of_the_step_alone() -> None:
     code = (
         "import torch; from benchmark import peak\n"
         "def step(): a = torch.ones(2**24); del a; b = torch.ones(2**23); return b.sum()\n"
-        "step(); held = torch.ones(2**25)\n"
+        # Free memory between blocks in use must not hide what the step takes.
+        "small = [torch.ones(10_000) for _ in range(4000)]; held = small[::2]; del small\n"
+        "step(); held += [torch.ones(2**25)]\n"
+        "gaps = [torch.ones(10_000) for _ in range(4000)]; held += gaps[-1:]; del gaps\n"
         "print(*peak.measure(step, 'cpu'), peak._sampled(step), sep='\\n')"
     )
     from benchmark import peak
