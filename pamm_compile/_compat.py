@@ -251,7 +251,7 @@ MEASURE_SYMBOLS = (
     "torch._subclasses.fake_tensor:FakeTensor",
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass",
 )
-"""Private symbols of `measure`, as "module:attribute"; imported when first used."""
+"""Private symbols of `measure`, as "module:attribute"."""
 
 
 def memory_budget(budget: float) -> AbstractContextManager[None]:
@@ -271,7 +271,9 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     if not resolve(MEASURE_SYMBOLS[2])(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
+    # From torch 2.12 on a DTensor lists its mesh as well.
+    parts = [part for name in names if isinstance(part := getattr(tensor, name), torch.Tensor)]
+    return [inner for part in parts for inner in inner_tensors(part)]
 
 
 def storage_address(tensor: torch.Tensor) -> int:
@@ -307,7 +309,7 @@ LOWERING_SYMBOLS = (
     "torch._inductor.virtualized:V",
     "torch.utils._triton:has_triton_package",
 )
-"""Private symbols of the lowering rooms, as "module:attribute"; imported when first used."""
+"""Private symbols of the lowering rooms, as "module:attribute"."""
 
 
 def lowering_symbol(name: str) -> Any:
@@ -437,3 +439,9 @@ def without_autograd_cache() -> AbstractContextManager[None]:
     """Return a context in which AOTAutograd traces every graph, so that our pass runs."""
     context: AbstractContextManager[None] = functorch_config.patch(enable_autograd_cache=False)
     return context
+
+
+# Used later, and checked now: a compilation is no place to learn that torch is not supported. Their
+# modules are loaded by now, all of them with `compile_fx`.
+for _symbol in (*MEASURE_SYMBOLS, *LOWERING_SYMBOLS):
+    resolve(_symbol)
