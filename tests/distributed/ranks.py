@@ -38,7 +38,7 @@ def launch(
     target: str,
     *,
     ranks: int,
-    timeout: float = 400,
+    timeout: float = 900,
     backend: str = "gloo",
     environment: Mapping[str, str] | None = None,
 ) -> list[str]:

@@ -21,8 +21,9 @@ def test_fully_sharded_data_parallel() -> None:
 
 
 @pytest.mark.slow
-def test_tensor_and_sequence_parallel() -> None:
-    launch("tp_checks:main", ranks=2)
+@pytest.mark.parametrize("check", ["tensor_parallel", "sequence_parallel"])
+def test_tensor_and_sequence_parallel(check: str) -> None:
+    launch(f"tp_checks:{check}", ranks=2)
 
 
 @pytest.mark.slow
