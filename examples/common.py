@@ -195,7 +195,10 @@ def make_model(
             eos_token_id=0,
             use_cache=False,
         )
-        return GPT2LMHeadModel(config)
+        model = GPT2LMHeadModel(config)
+        # Transformers would warn that it takes this for granted, and the warning breaks the graph.
+        model.loss_type = "ForCausalLM"
+        return model
     config = RobertaConfig(
         **shape,
         vocab_size=vocabulary,
