@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +72,44 @@ def test_a_missing_symbol_is_named() -> None:
         match=r"has no torch\._inductor\.nowhere, which pamm_compile needs. Supported: torch 2\.11",
     ):
         _compat.resolve("torch._inductor:nowhere")
+
+
+_IMPORT = "import pamm_compile"
+
+
+@pytest.mark.parametrize(
+    ("damage", "use", "message"),
+    [
+        pytest.param(
+            "import torch._dynamo.backends.debugging as m; del m.boxed_nop",
+            _IMPORT,
+            "has no torch._dynamo.backends.debugging.boxed_nop, which pamm_compile needs.",
+            id="missing",
+        ),
+        pytest.param(
+            "torch.__version__ = '2.10.0'",
+            _IMPORT,
+            "torch 2.10.0 is too old: pamm_compile needs torch 2.11 or newer.",
+            id="too-old",
+        ),
+    ],
+)
+def test_importing_the_backend_ends_in_one_clear_error(damage: str, use: str, message: str) -> None:
+    """In a process of its own, with torch made to look like one outside the range."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"import torch\n{damage}\n{use}\n"],
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("pamm_compile.errors.UnsupportedTorchError: torch ")
+    assert message in last
+    assert done.stderr.count("UnsupportedTorchError: ") == 1
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.10.0+cpu"])
