@@ -230,7 +230,9 @@ def parameter_names(gm: GraphModule, known: Mapping[int, str] | None = None) -> 
 
 def _readable(source: str) -> str:
     """Turn Dynamo's expression for a parameter into the name that the module gives it."""
-    name = re.sub(r"\.?_(modules|parameters|buffers)(?=\W)", "", source)
+    # PEFT reads its wrapped model by attributes, which Dynamo follows through __dict__.
+    name = re.sub(r"\.__dict__\['_(modules|parameters|buffers)'\]", "", source)
+    name = re.sub(r"\.?_(modules|parameters|buffers)(?=\W)", "", name)
     name = re.sub(r"\[['\"]?([^]'\"]+)['\"]?\]", r".\1", name)
     name = re.sub(r"^[LG]\.", "", name)
     # A wrapper such as accelerate's autocast hands the module on in its own *args.

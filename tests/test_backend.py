@@ -88,6 +88,7 @@ def test_parameter_names_of_a_model_and_of_a_training_function() -> None:
         ("L['self'].model.layers[1].q_proj.weight", "model.layers.1.q_proj.weight"),
         ("L['self']._orig_mod.q.weight", "q.weight"),
         ("G['model'].q.weight", "model.q.weight"),
+        ("L['self'].__dict__['_modules']['base'].q.weight", "base.q.weight"),
         ("L['args'][0]._modules['model']._parameters['q']", "model.q"),
     ],
 )
