@@ -226,7 +226,7 @@ class Benchmark:
             print(f"by {metric} memory and time:")
             print("\n".join(f"  {sentence}" for sentence in output.sentences(model, metric)))
         if "pareto" in model:
-            output.plot(case.model, model, self.args.out / f"frontier-{case.model}.png")
+            output.plot(model, self.args.out / f"frontier-{case.model}.png")
 
     def _memory(self, case: Case, model: dict[str, Any], until: float | None) -> None:
         def job(arm: Arm) -> dict[str, Any]:

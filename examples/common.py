@@ -210,6 +210,7 @@ def make_model(
         bos_token_id=0,
         eos_token_id=0,
         type_vocab_size=1,
+        use_cache=False,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )

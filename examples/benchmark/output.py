@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmark import verdict
-from benchmark.arms import ARMS, REFERENCE
+from benchmark.arms import ARMS, REFERENCE, Arm
 from benchmark.shapes import NAMES
 
 Model = Mapping[str, Any]
@@ -153,13 +153,15 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def plot(name: str, model: Model, path: Path) -> None:
+def plot(model: Model, path: Path) -> None:
     """Draw memory against throughput, both by those of exact torch.compile."""
     arms = measured(model)
-    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5.5), sharey=True, layout="constrained")
     for axes, metric in zip(panels, METRICS, strict=True):
         _draw(axes, arms, metric, model["pareto"][metric])
-    panels[0].set_ylabel("throughput, by that of compile")
+    panels[0].set_ylabel("throughput, by that of compile; bars: quartiles")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=9)
     figure.suptitle(model["cuts"], wrap=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -167,29 +169,39 @@ def plot(name: str, model: Model, path: Path) -> None:
 
 def _draw(axes: Any, arms: Mapping[str, Model], metric: str, front: Sequence[str]) -> None:
     points = {name: (arm[f"{metric}_ratio"], arm["throughput_ratio"]) for name, arm in arms.items()}
-    for name, (x, y) in points.items():
-        ratio = arms[name]["time_ratio"]
-        error = [[y - 1 / ratio["high"]], [1 / ratio["low"] - y]]
-        color = "C3" if name.startswith("PAMM") else "C0" if name != "eager" else "gray"
-        axes.errorbar(x, y, yerr=error, fmt="o", color=color, capsize=2, markersize=5)
     steps = [points[name] for name in front]
-    axes.plot(*zip(*steps, strict=True), color="black", linewidth=0.8, zorder=0, label="front")
-    # Labels that would lie on each other are stacked, from the top down.
-    taken: list[tuple[float, float]] = []
-    xs, ys = zip(*points.values(), strict=True)
-    width, height = (max(xs) - min(xs)) or 1.0, (max(ys) - min(ys)) or 1.0
-    for name, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        at = y
-        while any(abs(x - a) < 0.35 * width and 0 <= b - at < 0.045 * height for a, b in taken):
-            at -= 0.01 * height
-        taken.append((x, at))
-        axes.annotate(
-            name,
-            (x, y),
-            xytext=(x + 0.02 * width, at),
-            fontsize=8,
-            arrowprops={"arrowstyle": "-", "linewidth": 0.4, "color": "gray"},
+    axes.plot(
+        *zip(*steps, strict=True),
+        drawstyle="steps-post",
+        color="black",
+        linewidth=0.8,
+        zorder=0,
+        label="not dominated",
+    )
+    for arm in ARMS:
+        if arm.name not in points:
+            continue
+        x, y = points[arm.name]
+        ratio = arms[arm.name]["time_ratio"]
+        axes.errorbar(
+            x,
+            y,
+            yerr=[[y - 1 / ratio["high"]], [1 / ratio["low"] - y]],
+            fmt=_marker(arm),
+            color="C3" if arm.pamm else "C0" if arm.compiled else "gray",
+            capsize=2,
+            markersize=7,
+            linewidth=0.8,
+            alpha=0.8,
+            label=arm.name,
         )
-    axes.margins(x=0.3, y=0.12)
-    axes.set(xlabel=f"{metric} memory, by that of compile")
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_xlabel(f"{metric} memory, by that of compile")
+
+
+def _marker(arm: Arm) -> str:
+    """Return the same marker for the same setting of torch.compile."""
+    if not arm.compiled:
+        return "*"
+    if arm.aggressive or arm.checkpointed:
+        return "P" if arm.aggressive else "X"
+    return {1.0: "o", 0.99: "s", 0.8: "^", 0.5: "v"}[arm.budget]
