@@ -135,6 +135,9 @@ def test_ratios_are_paired_by_round() -> None:
     assert paired_ratios([0.9, 2.7], [1.0, 3.0]) == pytest.approx([0.9, 0.9])
     assert compare_time([0.9, 2.7, 1.8], [1.0, 3.0, 2.0]) == -1
     assert compare_time([1.0, 3.0, 2.0], [0.9, 2.7, 1.8]) == 1
+    # Faster by the median, but not in three rounds of four.
+    assert compare_time([0.8, 0.9, 0.95, 1.05, 1.1], [1.0] * 5) == 0
+    assert compare_time([1.2, 1.1, 1.05, 0.95, 0.9], [1.0] * 5) == 0
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, 3.0, 4.0)
     assert quartiles([1.5]) == (1.5, 1.5, 1.5)
 
