@@ -193,7 +193,9 @@ def text_table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
+    colors = plt.get_cmap("tab20").colors
     for axis, projection in zip(axes, _PROJECTIONS, strict=True):
+        axis.set_prop_cycle(color=colors)
         for method in dict.fromkeys(row["method"] for row in rows):
             by_step: dict[int, list[float]] = defaultdict(list)
             for row in rows:
