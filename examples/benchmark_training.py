@@ -230,6 +230,8 @@ class Benchmark:
 
     def _memory(self, case: Case, model: dict[str, Any], until: float | None) -> None:
         def job(arm: Arm) -> dict[str, Any]:
+            if until is not None and time.time() > until:
+                return {"error": "no time left"}
             return self.processes.run(worker.memory, case, arm, timeout=_left(until))
 
         with (
