@@ -271,7 +271,7 @@ def inner_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
     if not resolve(MEASURE_SYMBOLS[2])(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
-    # From torch 2.12 on a DTensor lists its mesh as well.
+    # On torch 2.13, unlike 2.11, a DTensor lists its mesh as well.
     parts = [part for name in names if isinstance(part := getattr(tensor, name), torch.Tensor)]
     return [inner for part in parts for inner in inner_tensors(part)]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# A long run may compile many graphs; the totals stay, the oldest details go.
+# A long run may compile graphs without end; the oldest are forgotten.
 _KEPT_GRAPHS = 1024
 
 

@@ -207,7 +207,7 @@ class JointGraph:
         found = {}
         for desc, out in zip(descs, outputs, strict=True):
             key = _compat.gradient_key(desc)
-            # A DTensor's mesh is listed beside its shard from torch 2.12 on, under the same key.
+            # Torch 2.13, unlike 2.11, lists a DTensor's mesh beside its shard, by the same key.
             if key is not None and isinstance(out, Node) and _is_tensor(out):
                 found[key] = out
         return found
