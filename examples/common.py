@@ -343,6 +343,22 @@ def environment(args: argparse.Namespace) -> dict[str, str]:
     return facts
 
 
+def announce(args: argparse.Namespace) -> dict[str, str]:
+    """Print and return what `environment` finds."""
+    facts = environment(args)
+    print("\n".join(f"{name:13} {fact}" for name, fact in facts.items()))
+    return facts
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Rise linearly over a tenth of the steps, then fall to a tenth of the peak along a cosine."""
+    warmup = max(1, steps // 10)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
 def commit() -> str | None:
     """Return the commit of the checkout that these examples are in, if they are in one."""
     here = Path(__file__).parent

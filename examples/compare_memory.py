@@ -40,8 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = common.prepare(args)
-    facts = common.environment(args)
-    print("\n".join(f"{name:13} {fact}" for name, fact in facts.items()))
+    facts = common.announce(args)
     model = common.build(args).to(device)
     count = sum(parameter.numel() for parameter in model.parameters())
     what = f"{type(model).__name__}, {count:,} parameters"

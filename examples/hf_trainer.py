@@ -39,8 +39,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = common.prepare(args)
-    facts = common.environment(args)
-    print("\n".join(f"{name:13} {fact}" for name, fact in facts.items()))
+    common.announce(args)
     text = common.Text()
     windows = args.steps * args.accumulate * args.batch
     callback = PammCallback(args.ratio, min_generators=args.min_generators)

@@ -70,8 +70,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     device = common.prepare(args)
-    facts = common.environment(args)
-    print("\n".join(f"{name:13} {fact}" for name, fact in facts.items()))
+    common.announce(args)
     text = common.Text()
     windows = args.steps * args.accumulate * args.batch
     train = common.Windows(text.train, args.model, windows, args.sequence)

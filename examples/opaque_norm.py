@@ -95,8 +95,7 @@ def main() -> None:
     if args.model != "llama":
         raise SystemExit("--model must be llama, whose norms are replaced")
     device = common.prepare(args)
-    facts = common.environment(args)
-    print("\n".join(f"{name:13} {fact}" for name, fact in facts.items()))
+    common.announce(args)
     columns: dict[str, list[str]] = {}
     for norm in ("plain", "opaque"):
         # Bytes do not depend on values: nothing is computed.

@@ -29,7 +29,6 @@ import matplotlib.pyplot as plt
 import study_methods
 import torch
 from study_methods import Method
-from study_quality import learning_rate
 from torch import Tensor, nn
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -265,7 +264,7 @@ def main() -> None:
         recorder.enabled = step in wanted
         batch = common.draw(text.train, args.model, args.batch, args.sequence, draws)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.steps, args.lr)
+            group["lr"] = common.learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()

@@ -140,15 +140,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Rise linearly over a tenth of the steps, then fall to a tenth along a cosine."""
-    warmup = max(1, steps // 10)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-
-
 def train(
     model: nn.Module,
     coders: Sequence[Coder],
@@ -171,7 +162,7 @@ def train(
             coder.method = None if is_exact or step < method.exact_steps else method
             coder.key = (seed, step)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr)
+            group["lr"] = common.learning_rate(step, steps, args.lr)
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()

@@ -15,7 +15,6 @@ import argparse
 import copy
 import dataclasses
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -102,15 +101,6 @@ def loss_of(model: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace
         return model(**batch).loss
 
 
-def learning_rate(step: int, args: argparse.Namespace) -> float:
-    """Rise linearly over a tenth of the steps, then fall to a tenth along a cosine."""
-    warmup = max(1, args.steps // 10)
-    if step < warmup:
-        return args.lr * (step + 1) / warmup
-    done = (step - warmup) / max(1, args.steps - warmup)
-    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-
-
 def train_step(
     run: Run, batch: dict[str, Tensor], rate: float, seed: int, args: argparse.Namespace
 ) -> None:
@@ -143,7 +133,7 @@ def train(runs: list[Run], text: common.Text, args: argparse.Namespace) -> None:
                 if step == 0:
                     bar.set_description(f"compiling {run.name}")
                 seed = args.seed * args.steps + step
-                train_step(run, batch, learning_rate(step, args), seed, args)
+                train_step(run, batch, common.learning_rate(step, args.steps, args.lr), seed, args)
             bar.set_description("training")
             bar.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs})
             bar.update()
@@ -254,8 +244,7 @@ def main() -> None:
     args = parse()
     device = common.prepare(args)
     started = time.perf_counter()
-    facts = common.environment(args)
-    print("\n".join(f"{name:13} {fact}" for name, fact in facts.items()))
+    facts = common.announce(args)
     text = common.Text()
     runs = make_runs(args, device)
     count = sum(parameter.numel() for parameter in runs[0].model.parameters())
