@@ -1,4 +1,4 @@
-"""Two thousand steps: memory stays flat, and of a compilation nothing stays but its report."""
+"""Two thousand steps keep what exact ones keep, and of a compilation nothing but its report."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 import pamm_compile
 
 # MiB over 1,000 steps. torch itself grows with every compilation, so that the exact run is what a
-# run with PAMM is held against; two exact runs differ by a few MiB.
-NOISE = 8.0
+# run with PAMM is held against. A backstop for what is not counted: one pair differed by 5.
+ALLOWED = 12.0
 
 
 def _soak(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def _soak(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
+def test_two_thousand_steps_keep_no_more_than_without_pamm(tmp_path: Path) -> None:
     rounds = _soak(tmp_path, "--steps", "2000", "--rounds", "10")
     assert rounds[-1]["steps"] == 2000
     warm = rounds[4:]
@@ -51,7 +51,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
 
     exact = _soak(tmp_path, "--steps", "2000", "--rounds", "10", "--exact")
     curves = [[each["rss_mib"] for each in run] for run in (rounds, exact)]
-    assert _growth(rounds) < _growth(exact) + NOISE, curves
+    assert _growth(rounds) < _growth(exact) + ALLOWED, curves
 
 
 def _growth(rounds: list[dict[str, Any]]) -> float:
