@@ -145,6 +145,14 @@ class DropoutOfZero(Attention):
         self.k = nn.Sequential(nn.Dropout(0.0), nn.Linear(WIDTH, WIDTH))
 
 
+class NormForEach(Attention):
+    """Each projection normalizes for itself: the partitioner makes one norm of the three."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(layer(self.norm(x))) for layer in (self.q, self.k, self.v))
+        return x + self.o(join_heads(self.attend(q, k, v)))
+
+
 class EinsumHeads(nn.Module):
     """One weight tensor [heads, width, head] for each of q, k and v."""
 
@@ -224,6 +232,10 @@ MODULE_FORMS = [
     Case(
         "dropout_of_zero", DropoutOfZero, lambda: {"x": _x()}, (r"^([qv]|k\.1)\.weight$",), 1,
         _mean_square,
+    ),
+    Case(
+        "norm_for_each", lambda: NormForEach(_sdpa()), lambda: {"x": _x()},
+        (r"^[qkv]\.weight$",), 1, _mean_square,
     ),
     Case("einsum_heads", EinsumHeads, lambda: {"x": _x()}, (r"^[qkv]$",), 1, _mean_square),
     Case("per_head", PerHead, lambda: {"x": _x()}, (r"^[qkv]\.\d\.weight$",), 1, _mean_square),

@@ -9,6 +9,7 @@ rearrange or cast its elements; the node where that ends is the chain's base:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from pamm_compile import _compat
 
@@ -248,6 +250,41 @@ class JointGraph:
             known[node] = leaves
         return known
 
+    @cached_property
+    def _firsts(self) -> dict[Node, Node]:
+        # Partitioners merge equal calls, after our pass has run.
+        firsts: dict[Node, Node] = {}
+        calls: dict[tuple[Any, str], Node] = {}
+        for node in self.nodes:
+            firsts[node] = node
+            if node not in self.backward and _is_pure_call(node):
+                # repr() tells 1, 1.0, True and 0.0, -0.0 apart, which == does not.
+                arguments = repr(map_arg((node.args, node.kwargs), firsts.__getitem__))
+                firsts[node] = calls.setdefault((node.target, arguments), node)
+        return firsts
+
+    @cached_property
+    def _equals(self) -> dict[Node, set[Node]]:
+        equals: dict[Node, set[Node]] = defaultdict(set)
+        for node, first in self._firsts.items():
+            equals[first].add(node)
+        return equals
+
+    def chain_of(self, node: Node) -> Chain:
+        """Follow a node back as `chain_of` does, to the first node of those equal to its base.
+
+            norm ──────── view ── mm       two calls with the same arguments are one value:
+            norm (again) ─ view ── mm      both chains start from the first
+
+        Args:
+            node: any.
+
+        Returns:
+            The chain; equal for nodes whose elements are equal.
+        """
+        chain = chain_of(node)
+        return Chain(self._firsts[chain.base], chain.steps)
+
     def parameters_of(self, node: Node) -> list[Parameter]:
         """Return the parameters a node is computed from; empty unless from nothing else."""
         leaves = self._leaf_parameters[node] or frozenset()
@@ -299,11 +336,13 @@ class JointGraph:
             base: a forward node.
 
         Returns:
-            closure: `base` and everything that only rearranges or casts it, in either phase.
+            closure: `base`, what equals it, and everything that only rearranges or casts these, in
+                either phase.
             backward: what is computed from these for a gradient alone, whether it depends on a
                 tangent or not (the 1 − tanh² of a decomposed tanh does not).
         """
-        closure, stack = {base}, [base]
+        closure = set(self._equals[self._firsts[base]])
+        stack = list(closure)
         backward: set[Node] = set()
         while stack:
             for user in stack.pop().users:
@@ -319,6 +358,15 @@ class JointGraph:
 
 def _is_tensor(node: Node) -> bool:
     return isinstance(value(node), torch.Tensor)
+
+
+def _is_pure_call(node: Node) -> bool:
+    """Tell whether a call returns the same whenever its arguments are the same."""
+    target = node.target
+    if not isinstance(target, _compat.OpOverload):
+        return _is_getitem(node)
+    random = torch.Tag.nondeterministic_seeded in target.tags
+    return not (random or node.is_impure() or "empty" in op_name(node))
 
 
 def _is_getitem(node: Node) -> bool:

@@ -26,7 +26,6 @@ from pamm_compile.graph.joint import (
     Chain,
     JointGraph,
     Parameter,
-    chain_of,
     is_convolution,
     is_matmul,
     matmul_operands,
@@ -302,7 +301,8 @@ class _Finder:
         for node in sorted(self._projections):
             projection = self._projections[node]
             stripped, _ = strip_transposes(projection.input)
-            site = sites.setdefault(chain_of(stripped), Site(chain_of(stripped), stripped))
+            chain = self.joint.chain_of(stripped)
+            site = sites.setdefault(chain, Site(chain, stripped))
             site.projections.append(projection)
             for gradient in self._weight_gradients(projection, site.chain):
                 if all(gradient.node is not g.node for g in site.gradients):
@@ -317,6 +317,6 @@ class _Finder:
                 for factor, other, is_left in ((left, right, True), (right, left, False)):
                     stripped, odd = strip_transposes(factor)
                     # Xᵀ on the left or X on the right; else the sum is not over tokens.
-                    if odd == is_left and chain_of(stripped) == chain:
+                    if odd == is_left and self.joint.chain_of(stripped) == chain:
                         found.append(WeightGradient(node, other, is_left, projection))
         return found

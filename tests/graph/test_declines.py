@@ -133,6 +133,21 @@ def test_parallel_blocks_share_their_input_with_the_mlp(name: str) -> None:
     assert "mlp" in site.detail
 
 
+class _NormAgain(Attention):
+    def __init__(self) -> None:
+        super().__init__(_sdpa())
+        self.mlp = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.relu(self.mlp(self.norm(x)))
+
+
+def test_a_norm_computed_again_is_the_same_input() -> None:
+    # The partitioner merges the two, and then keeps X for the MLP.
+    (site,) = _report(_NormAgain(), _x()).sites
+    assert (site.reason, site.detail) == ("SHARED_INPUT", "mlp.weight")
+
+
 class _Broken(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -139,6 +139,27 @@ def test_the_input_of_a_layer_is_read_by_its_own_weight_gradient() -> None:
     assert len(readers) > 1
 
 
+def test_equal_calls_are_one_value_unless_random() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            equal = [(x * self.weight).view(2, 10) for _ in range(2)]
+            other = [x * 1, x * 1.0, torch.rand_like(x), torch.rand_like(x)]
+            return torch.cat([*equal, *(o.view(2, 10) for o in other)]).sin() * self.weight.sum()
+
+    joint = _joint(Twice(), torch.randn(5, 4))
+    (cat,) = (n for n in joint.nodes if op_name(n) == "aten::cat")
+    bases = [joint.chain_of(node).base for node in cat.all_input_nodes]
+    plain = [chain_of(node).base for node in cat.all_input_nodes]
+    assert len(set(plain)) == 6
+    assert bases == [plain[0], plain[0], *plain[2:]]
+    for base in plain[:2]:
+        assert set(plain[:2]) <= joint.readers(base)[0]
+
+
 def test_an_inference_graph_is_not_joint() -> None:
     traced = _compat.make_fx(lambda x: x @ x)(torch.randn(3, 3))
     assert not JointGraph.is_joint(traced.graph)
