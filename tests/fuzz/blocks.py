@@ -464,9 +464,14 @@ def _is_frozen(name: str, spec: Spec) -> bool:
 
 
 def inputs(spec: Spec, *, longer: int = 0) -> dict[str, Tensor]:
-    """Return the arguments of a model, of another shape where `longer` is not 0."""
+    """Return the arguments of a model, larger by `longer` in every size but ones."""
     generator = torch.Generator().manual_seed(spec.seed + 1)
-    batch, length = spec.batch + longer, spec.length + longer
+
+    def grown(size: int) -> int:
+        # Dynamo takes sizes of one for constants.
+        return size + longer if size > 1 else size
+
+    batch, length = grown(spec.batch), grown(spec.length)
 
     def stream(length: int, requires_grad: bool) -> Tensor:
         # Tokens share directions, as those of trained models do, and differ in length.
@@ -477,6 +482,6 @@ def inputs(spec: Spec, *, longer: int = 0) -> dict[str, Tensor]:
 
     return {
         "x": stream(length, spec.input_grad),
-        "memory": stream(spec.memory_length + longer, spec.memory_grad),
+        "memory": stream(grown(spec.memory_length), spec.memory_grad),
         "target": torch.randn(batch, length, spec.width, generator=generator),
     }

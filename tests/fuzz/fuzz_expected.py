@@ -67,7 +67,9 @@ def expect(spec: Spec, model: Model) -> Expected | None:
                 continue
             key, shared = _input_of(spec, block, number, part)
             crosses = part is block.cross or block.crosses
-            for role, module in part.project.named_children():
+            # named_children() would pass over the second of two roles that are one module.
+            for role, module in part.project._modules.items():
+                assert module is not None
                 if crosses and role != "q":
                     add_projection("memory", spec.batch * spec.memory_length, False, module)
                 else:
