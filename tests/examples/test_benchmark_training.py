@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_examples import EXAMPLES, assert_finite
+from programs import EXAMPLES, assert_finite, run
 
 ARMS = [
     "eager",
@@ -28,21 +28,9 @@ ARMS = [
 ]
 
 
-def run(script: str, *options: str, out: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *options, "--out", out],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_a_whole_run(tmp_path: Path) -> None:
-    printed = run("benchmark_training.py", "--preset", "ci", "--threads", "1", out=tmp_path)
+    printed = run("benchmark_training.py", "--preset", "ci", "--threads", "1", "--out", tmp_path)
     record = json.loads((tmp_path / "benchmark.json").read_text())
     assert_finite(record)
     assert record["arms"] == ARMS
@@ -206,7 +194,7 @@ def test_paper_table(ratio: str, k: int, paper_table: dict[str, Any]) -> None:
 def paper_table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("table")
     size = ("--layers", "2", "--width", "64", "--vocabulary", "256", "--tokens", "512")
-    printed = run("paper_table.py", "--models", "llama-60m", *size, "--only", "qkv", out=out)
+    printed = run("paper_table.py", "--models", "llama-60m", *size, "--only", "qkv", "--out", out)
     assert "| LLaMA-60M | 1/512 | 1 |" in printed
     record: dict[str, Any] = json.loads((out / "partitions.json").read_text())
     assert_finite(record)

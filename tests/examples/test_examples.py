@@ -5,45 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-
-EXAMPLES = Path(__file__).parents[2] / "examples"
-TINY = ("--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "4", "--sequence", "64")
-
-
-def run(script: str, *options: str, out: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *TINY, *options, "--out", out],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
-def assert_finite(data: Any) -> None:
-    """Check every number in plain data."""
-    if isinstance(data, dict):
-        for value in data.values():
-            assert_finite(value)
-    elif isinstance(data, list):
-        for value in data:
-            assert_finite(value)
-    elif isinstance(data, int | float):
-        assert math.isfinite(data)
+from programs import EXAMPLES, TINY, assert_explained, assert_finite, run, start
 
 
 def test_train(tmp_path: Path) -> None:
-    printed = run("train.py", "--steps", "3", "--ratio", "64", "--eager", out=tmp_path)
+    printed = run("train.py", *TINY, "--steps", "3", "--ratio", "64", "--eager", "--out", tmp_path)
     record = json.loads((tmp_path / "train-llama-seed0.json").read_text())
     assert_finite(record)
     exact, pamm, eager = record["runs"]
@@ -68,7 +38,7 @@ def test_train(tmp_path: Path) -> None:
 
 def test_compare_memory(tmp_path: Path) -> None:
     options = ("--model", "roberta", "--ratio", "64", "--steps", "2", "--dtype", "bfloat16")
-    printed = run("compare_memory.py", *options, out=tmp_path)
+    printed = run("compare_memory.py", *TINY, *options, "--out", tmp_path)
     record = json.loads((tmp_path / "compare-roberta.json").read_text())
     assert_finite(record)
     assert record["report"]["compressed"] == 1
@@ -113,8 +83,4 @@ def test_models_start_from_chance(model: str, monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_mistake_is_explained(options: tuple[str, ...], explanation: str) -> None:
-    command = [sys.executable, EXAMPLES / "train.py", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert explanation in done.stderr
-    assert "Traceback" not in done.stderr
+    assert_explained(start("train.py", *options), explanation)

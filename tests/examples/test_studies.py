@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import EXAMPLES, run
 from torch import Tensor
 
 from pamm_compile.ops.compression import Compressed, weight_gradients
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.append(str(EXAMPLES))
 
-import study_methods  # noqa: E402
-import study_quality  # noqa: E402
-from study_methods import parse  # noqa: E402
+import study_methods
+import study_quality
+from study_methods import parse
 
 TOKENS, FEATURES = 256, 24
 TINY = ("--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "2", "--sequence", "64")
@@ -140,25 +138,13 @@ def test_coded_layers_change_the_matched_weight_gradients_only() -> None:
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj"}
 
 
-def run(script: str, *options: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *FEW, *options],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 def test_quality_study(tmp_path: Path) -> None:
     out = tmp_path / "quality.jsonl"
     options = ("--seeds", "0", "1", "--validation-batches", "1", "--out", out)
     methods = ["exact", "pamm:4", "directions:2+pamm:fill=16@2"]
-    run("study_quality.py", "--methods", *methods[:2], *options)
+    run("study_quality.py", *FEW, "--methods", *methods[:2], *options)
     # The third run alone is missing.
-    printed = run("study_quality.py", "--methods", *methods, *options)
+    printed = run("study_quality.py", *FEW, "--methods", *methods, *options)
     runs = study_quality.records(out)
     assert [(r["seed"], r["method"]) for r in runs] == [
         (0, "exact"), (0, "pamm:4"), (1, "exact"), (1, "pamm:4"), (0, methods[2]), (1, methods[2])
@@ -178,7 +164,7 @@ def test_quality_study(tmp_path: Path) -> None:
 def test_fine_tuning_starts_from_an_exactly_trained_model(tmp_path: Path) -> None:
     out = tmp_path / "tuning.jsonl"
     options = ("--pretrain", "4", "--seeds", "0", "--validation-batches", "1", "--out", out)
-    run("study_quality.py", "--methods", "exact", "pamm:4", *options)
+    run("study_quality.py", *FEW, "--methods", "exact", "pamm:4", *options)
     exact, pamm = study_quality.records(out)
     assert exact["losses"][0] == pamm["losses"][0] < math.log(256) - 0.05
 
@@ -186,7 +172,7 @@ def test_fine_tuning_starts_from_an_exactly_trained_model(tmp_path: Path) -> Non
 def test_fidelity_study(tmp_path: Path) -> None:
     methods = ("pamm:128", "pamm:8", "rows:fill=8")
     printed = run(
-        "study_fidelity.py", "--methods", *methods, "--at", "0", "3", "--picture", "pamm:8",
+        "study_fidelity.py", *FEW, "--methods", *methods, "--at", "0", "3", "--picture", "pamm:8",
         "--draws", "2", "--out", tmp_path,
     )  # fmt: skip
     record = json.loads((tmp_path / "fidelity-32-seed0.json").read_text())

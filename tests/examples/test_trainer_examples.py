@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from programs import TINY, run
 
 pytest.importorskip("accelerate", reason="of the extra [trainers]")
 pytest.importorskip("lightning", reason="of the extra [trainers]")
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-TINY = ("--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "4", "--sequence", "64")
-
 
 def _run(script: str, *options: str, out: Path) -> str:
-    done = subprocess.run(
-        [sys.executable, EXAMPLES / script, *TINY, *options, "--ratio", "64", "--out", out],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "1 of 1 sites compressed in 1 training graph(s): 32.0 KiB → 1.8 KiB" in done.stdout
-    return done.stdout
+    printed = run(script, *TINY, *options, "--ratio", "64", "--out", out)
+    assert "1 of 1 sites compressed in 1 training graph(s): 32.0 KiB → 1.8 KiB" in printed
+    return printed
 
 
 def _loss(printed: str) -> float:
