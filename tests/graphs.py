@@ -32,6 +32,10 @@ class Captured:
     forward: Graph | None = None
     backward: Graph | None = None
     report: GraphReport = field(default_factory=GraphReport)
+    exact: GraphModule | None = None
+    """The joint graph before the pass, to run."""
+    forward_outputs: int = 0
+    """How many of its outputs are those of the forward pass."""
     inputs: list[set[str]] = field(default_factory=list)
     """Per compressed site, the names of the nodes that are its input X in some arrangement."""
 
@@ -64,6 +68,10 @@ def capturing_backend(
 
         def partition(module: GraphModule, *args: Any, **kwargs: Any) -> Any:
             kept.before = str(module.graph)
+            exact = Graph()
+            exact.output(exact.graph_copy(module.graph, {}))
+            kept.exact = GraphModule(module, exact)
+            kept.forward_outputs = kwargs["num_fwd_outputs"]
             joint = JointGraph(module.graph, joint_pass.parameter_names)
             sites = decide(joint, find_sites(joint, options.targets), options).accepted
             bases = [joint.readers(site.chain.base)[0] for site in sites]
