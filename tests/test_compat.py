@@ -75,6 +75,11 @@ def test_a_missing_symbol_is_named() -> None:
 
 
 _IMPORT = "import pamm_compile"
+_BY_NAME = "torch.compile(torch.nn.Linear(2, 2), backend='pamm')(torch.ones(1, 2))"
+# Inductor itself is to have been imported whole.
+_NO_TEMPLATE = (
+    "import torch._inductor.compile_fx, torch._inductor.select_algorithm as m; del m.TritonTemplate"
+)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +90,18 @@ _IMPORT = "import pamm_compile"
             _IMPORT,
             "has no torch._dynamo.backends.debugging.boxed_nop, which pamm_compile needs.",
             id="missing",
+        ),
+        pytest.param(
+            _NO_TEMPLATE,
+            _IMPORT,
+            "has no torch._inductor.select_algorithm.TritonTemplate, which pamm_compile needs.",
+            id="missing-for-lowering",
+        ),
+        pytest.param(
+            _NO_TEMPLATE,
+            _BY_NAME,
+            "has no torch._inductor.select_algorithm.TritonTemplate, which pamm_compile needs.",
+            id="missing-by-name",
         ),
         pytest.param(
             "torch.__version__ = '2.10.0'",
