@@ -4,6 +4,7 @@
     python examples/benchmark_training.py --preset ci          # tiny, a minute or two
     python examples/benchmark_training.py --models gpt2 --layers 4 --batch 4
     python examples/benchmark_training.py --device cuda --time-limit 500
+    python examples/benchmark_training.py --read runs/benchmark.json     # tables and plots anew
 
 Arms: eager, compile, compile with a memory budget of 0.99, 0.8 and 0.5, with aggressive
 recomputation, with every block checkpointed; PAMM, and PAMM with each of these budgets. Every arm's
@@ -64,6 +65,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=common.positive, help="arms at once that measure memory")
     parser.add_argument("--time-limit", type=float, help="seconds to spend at most, about")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
+    parser.add_argument("--read", type=Path, help="measure nothing; write what this file holds")
     return parser.parse_args(arguments)
 
 
@@ -276,8 +278,20 @@ def _left(deadline: float | None, grace: float = 0.0) -> float | None:
     return None if deadline is None else max(1.0, deadline - time.time() + grace)
 
 
+def write_again(path: Path) -> None:
+    """Write tables and plots of a record beside it."""
+    record = json.loads(path.read_text())
+    for name, model in record["models"].items():
+        output.conclude(model)
+        output.plot(model, path.with_name(f"frontier-{name}.png"))
+    path.with_name("benchmark.md").write_text(output.markdown(record))
+
+
 def main() -> None:
     args = parse()
+    if args.read:
+        write_again(args.read)
+        return
     preset = resolve(args)
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args, preset)

@@ -44,6 +44,10 @@ def conclude(model: dict[str, Any]) -> None:
         arm["throughput_ratio"] = 1 / ratio.median
         for metric, field in METRICS.items():
             arm[f"{metric}_ratio"] = arm[field] / reference[field]
+    for mine, theirs in twins(arms):
+        times = (arms[name]["times_s"] for name in (mine, theirs))
+        ratios = verdict.paired_ratios(*times)
+        arms[mine]["time_ratio_at_same_setting"] = verdict.quartiles(ratios)._asdict()
     pamm = [arm.name for arm in ARMS if arm.pamm and arm.name in arms]
     exact = [arm.name for arm in ARMS if not arm.pamm and arm.name in arms]
     model["verdicts"], model["pareto"] = {}, {}
@@ -53,6 +57,32 @@ def conclude(model: dict[str, Any]) -> None:
         model["pareto"][metric] = verdict.pareto(
             {n: (arm[field], arm["time_ratio"]["median"]) for n, arm in arms.items()}
         )
+
+
+def twins(arms: Mapping[str, Model]) -> list[tuple[str, str]]:
+    """Return, of every PAMM arm, its name and that of the exact arm of the same setting."""
+    exact = {
+        arm.budget: arm.name
+        for arm in ARMS
+        if arm.compiled and not (arm.pamm or arm.aggressive or arm.checkpointed)
+    }
+    pairs = [(arm.name, exact[arm.budget]) for arm in ARMS if arm.pamm]
+    return [pair for pair in pairs if all(name in arms for name in pair)]
+
+
+def twins_table(model: Model) -> list[str]:
+    """Return the lines of a Markdown table of PAMM arms by the exact arms of the same setting."""
+    arms = measured(model)
+    lines = ["| PAMM by exact at the same setting | saved | peak | time (quartiles) |"]
+    lines.append("|---|--:|--:|--:|")
+    for mine, theirs in twins(arms):
+        saved, peak = (
+            arms[mine][field] / arms[theirs][field] for field in ("saved_bytes", "peak_bytes")
+        )
+        time = arms[mine]["time_ratio_at_same_setting"]
+        quartiles = f"{time['median']:.3f} ({time['low']:.3f}–{time['high']:.3f})"
+        lines.append(f"| {mine} by {theirs} | {saved:.3f} | {peak:.3f} | {quartiles} |")
+    return lines
 
 
 def sentences(model: Model, metric: str) -> Iterator[str]:
@@ -134,6 +164,8 @@ def markdown(record: Mapping[str, Any]) -> str:
                 f"Peak: {first['peak_source']}; median of {len(first['peaks_bytes'])}. Step: "
                 f"forward and backward, no optimizer; {len(first['times_s'])} rounds of all arms "
                 "in turn, ratios paired by round.",
+                "",
+                *twins_table(model),
                 "",
             ]
         for metric in METRICS:

@@ -42,6 +42,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert "1 of 8 layers, 64 of 512 features" in model["cuts"]
     arms = model["arms"]
     assert list(arms) == ARMS
+    written = (tmp_path / "benchmark.md").read_text()
     for name, arm in arms.items():
         assert "error" not in arm, name
         assert "not_timed" not in arm, name
@@ -55,8 +56,12 @@ def test_a_whole_run(tmp_path: Path) -> None:
         assert arm["peak_source"]
         # Nothing has been updated, and no arm changes the forward pass.
         assert arm["loss"] == pytest.approx(arms["eager"]["loss"], abs=1e-4)
-        assert f"| {name} |" in (tmp_path / "benchmark.md").read_text()
+        assert f"| {name} |" in written
         assert name in printed
+    for name in ARMS[7:]:
+        by_exact = arms[name]["time_ratio_at_same_setting"]
+        assert 0 < by_exact["low"] <= by_exact["median"] <= by_exact["high"]
+        assert f"| {name} by {name.replace('PAMM', 'compile')} |" in written
     assert arms["compile"]["time_ratio"]["median"] == 1
     exact, pamm = arms["compile"], arms["PAMM"]
     assert pamm["compressed_sites"] == 1
@@ -66,6 +71,9 @@ def test_a_whole_run(tmp_path: Path) -> None:
     assert pamm["qkv_bytes_before"] == 512 * 64 * 4
     assert arms["compile + checkpointing"]["saved_bytes"] < exact["saved_bytes"]
     _check_verdicts(model)
+    (tmp_path / "benchmark.md").unlink()
+    run("benchmark_training.py", "--read", tmp_path / "benchmark.json")
+    assert (tmp_path / "benchmark.md").read_text() == written
     assert list(model["quality"]) == ["0", "1"]
     for seed in model["quality"].values():
         assert list(seed) == ["compile", "PAMM, ratio 32"]

@@ -1,9 +1,10 @@
-"""Train small models for many steps of ever other shapes, compile again and again, watch memory.
+"""Train small models for many steps of ever other shapes, and watch memory.
 
     python tests/soak/soak.py --steps 2000
+    python tests/soak/soak.py --steps 2000 --reset
 
-Prints one JSON line per round: a round ends with `torch._dynamo.reset()`, so that the next compiles
-everything anew, first for one shape and then, once a second comes, for all.
+Prints one JSON line per round. Every model is compiled for one shape and then, once a second comes,
+for all; with --reset a round ends with `torch._dynamo.reset()`, and the next does so again.
 """
 
 from __future__ import annotations
@@ -86,19 +87,21 @@ def alive() -> dict[str, int]:
     return {kind.__name__: counts[kind] for kind in WATCHED}
 
 
-def soak(steps: int, rounds: int, *, exact: bool) -> None:
+def soak(steps: int, rounds: int, *, reset: bool, exact: bool) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rng, process, trained = random.Random(0), psutil.Process(), arms(exact=exact)
+    calls: list[Callable[..., Any]] = []
     for number in range(rounds):
-        compiled = [torch.compile(model, backend=backend) for model, backend, _ in trained]
+        calls = calls or [torch.compile(model, backend=backend) for model, backend, _ in trained]
         losses = []
         for step in range(steps // rounds):
             which = step % len(trained)
-            losses.append(train(trained[which], compiled[which], rng))
+            losses.append(train(trained[which], calls[which], rng))
         assert all(loss == loss and loss < 1e6 for loss in losses), "training diverged"
-        del compiled
-        torch._dynamo.reset()
+        if reset:
+            calls = []
+            torch._dynamo.reset()
         counts = alive()
         reported = 0 if exact else sum(len(backend.report.graphs) for _, backend, _ in trained)
         line = {
@@ -114,12 +117,11 @@ def soak(steps: int, rounds: int, *, exact: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument(
-        "--rounds", type=int, default=20, help="between them, everything recompiles"
-    )
+    parser.add_argument("--rounds", type=int, default=10, help="lines to print")
+    parser.add_argument("--reset", action="store_true", help="compile anew in every round")
     parser.add_argument("--exact", action="store_true", help="without PAMM, to compare with")
     args = parser.parse_args()
-    soak(args.steps, args.rounds, exact=args.exact)
+    soak(args.steps, args.rounds, reset=args.reset, exact=args.exact)
 
 
 if __name__ == "__main__":
