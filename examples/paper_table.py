@@ -24,6 +24,8 @@ from benchmark.arms import ARMS, REFERENCE
 from benchmark.shapes import DEVICE_TOKENS, NAMES, SHAPES, Case
 from tqdm import tqdm
 
+TABLES = ("qkv", "arms", "targets")
+
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -31,7 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     llamas = [name for name in SHAPES if name.startswith("llama")]
     parser.add_argument("--models", nargs="+", choices=llamas, default=llamas, help="default: all")
-    parser.add_argument("--only", choices=("qkv", "arms"), help="default: both tables")
+    parser.add_argument("--only", choices=TABLES, help="default: all tables")
     parser.add_argument(
         "--tokens",
         type=common.positive,
@@ -42,6 +44,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--ratios", type=float, nargs="+", default=[128, 256, 512], help="of the QKV table"
     )
     parser.add_argument("--ratio", type=float, default=256, help="of the PAMM arms (256)")
+    parser.add_argument(
+        "--budgets", type=float, nargs="+", default=[1, 0.99, 0.5], help="of the table of targets"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", partitions.WEIGHTS),
@@ -119,11 +124,31 @@ def arms_table(models: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Of these, logits of the loss head, under compile: {', '.join(heads)}."]
 
 
+def targets_table(models: dict[str, Any]) -> list[str]:
+    """Return the lines of a table of what PAMM saves on each choice of projections."""
+    counted = [model["targets"] for model in models.values() if "targets" in model]
+    budgets = list(counted[0][REFERENCE]["saved_bytes"]) if counted else []
+    head = " | ".join(f"saved at {budget} MiB | by exact" for budget in budgets)
+    lines = [f"| PAMM on | {head} | FLOPs saved |", "|---|" + "--:|" * (2 * len(budgets) + 1)]
+    for model_name, model in models.items():
+        rows = model.get("targets", {})
+        for name, row in rows.items():
+            cells = []
+            for budget, saved in row["saved_bytes"].items():
+                exact = rows[REFERENCE]["saved_bytes"][budget]
+                cells += [f"{saved / 2**20:,.0f}", f"{saved / exact:.3f}"]
+            share = row["saved_flops"] / row["weight_flops"]
+            what = "none (exact)" if name == REFERENCE else name
+            lines.append(f"| {NAMES[model_name]}: {what} | {' | '.join(cells)} | {share:.1%} |")
+    return lines
+
+
 def main() -> None:
     args = parse()
+    tables = (args.only,) if args.only else TABLES
     args.device = "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / "partitions.json"
+    path = args.out / (f"partitions-{args.only}.json" if args.only else "partitions.json")
     options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
     facts = {**common.environment(args), "commit": common.commit()}
     record: dict[str, Any] = {
@@ -138,31 +163,35 @@ def main() -> None:
         record["seconds"] = time.time() - started
         path.write_text(json.dumps(record, indent=1) + "\n")
 
-    steps = (args.only != "arms") + (len(ARMS) if args.only != "qkv" else 0)
+    counts = {"qkv": 1, "arms": len(ARMS), "targets": 1}
+    steps = sum(counts[table] for table in tables)
     with tqdm(total=steps * len(args.models), unit="partition", dynamic_ncols=True) as bar:
         for name in args.models:
             case = make_case(name, args)
             model = record["models"][name] = {"cuts": case.cuts(), "tokens": case.tokens}
-            if args.only != "arms":
+            if "qkv" in tables:
                 bar.set_description(f"{name}, Q, K and V")
                 model["qkv"] = partitions.qkv(case, args.ratios)
                 save()
                 bar.update()
-            if args.only == "qkv":
-                continue
-            model["arms"] = {}
-            for arm, found in partitions.frontier(case):
-                model["arms"][arm] = found
+            if "arms" in tables:
+                model["arms"] = {}
+                for arm, found in partitions.frontier(case):
+                    model["arms"][arm] = found
+                    save()
+                    bar.set_description(f"{name}, {arm}")
+                    bar.update()
+            if "targets" in tables:
+                bar.set_description(f"{name}, targets")
+                model["targets"] = partitions.targets(case, args.budgets)
                 save()
-                bar.set_description(f"{name}, {arm}")
                 bar.update()
     lines = [f"{model['cuts']}." for model in record["models"].values()]
-    if args.only != "arms":
-        lines += ["", *qkv_table(record["models"])]
-    if args.only != "qkv":
-        lines += ["", *arms_table(record["models"])]
+    writers = {"qkv": qkv_table, "arms": arms_table, "targets": targets_table}
+    for table in tables:
+        lines += ["", *writers[table](record["models"])]
     print("\n".join(lines))
-    (args.out / "partitions.md").write_text("\n".join(lines) + "\n")
+    path.with_suffix(".md").write_text("\n".join(lines) + "\n")
     print(f"\n{record['seconds']:.0f} s; wrote {path} and {path.with_suffix('.md')}")
 
 

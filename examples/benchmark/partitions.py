@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,15 @@ from pamm_compile.measure import saved_storages
 
 WEIGHTS = "bfloat16-weights"
 """The dtype of a case whose weights are bfloat16 too."""
+
+
+TARGETS: dict[str, pamm_compile.config.Targets] = {
+    "Q, K, V": "qkv",
+    "gate, up": re.compile(r"\b(gate|up)_proj\b"),
+    "gate, up, down": re.compile(r"\b(gate|up|down)_proj\b"),
+    "Q, K, V, gate, up": re.compile(r"\b(q|k|v|gate|up)_proj\b"),
+    "Q, K, V, gate, up, down": re.compile(r"\b(q|k|v|gate|up|down)_proj\b"),
+}
 
 
 @contextmanager
@@ -104,3 +114,39 @@ def qkv(case: Case, ratios: Sequence[float]) -> dict[str, Any]:
                     f"less, the partition says {exact.saved_bytes - found.saved_bytes:,}."
                 )
     return rows
+
+
+def targets(case: Case, budgets: Sequence[float]) -> dict[str, Any]:
+    """Return what PAMM saves on each choice of projections: bytes by budget, and FLOPs."""
+    rows: dict[str, Any] = {}
+    with fake_model(case) as (model, batch):
+        for name, chosen in {"": None, **TARGETS}.items():
+            using = None
+            if chosen is not None:
+                using = pamm_compile.backend(
+                    ratio=case.ratio, min_tokens=case.min_tokens, targets=chosen
+                )
+            row = rows[name or REFERENCE] = {"saved_bytes": {}}
+            for budget in budgets:
+                with Arm("", budget=budget).settings():
+                    found = pamm_compile.predict_saved(model, using=using, **batch)
+                row["saved_bytes"][f"{budget:g}"] = found.saved_bytes
+            row["compressed_sites"] = len(found.report.compressed)
+            row["weight_flops"] = weight_flops(case, model)
+            row["saved_flops"] = sum(saved_flops(site, model) for site in found.report.compressed)
+    return rows
+
+
+def weight_flops(case: Case, model: nn.Module) -> int:
+    """Return the FLOPs of all matmuls with weights in a step: one forward, two backward."""
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return sum(3 * 2 * case.tokens * each.in_features * each.out_features for each in linear)
+
+
+def saved_flops(site: pamm_compile.SiteReport, model: nn.Module) -> int:
+    """Return the FLOPs of a site's weight gradients, less those that PAMM takes in their place."""
+    (b, n), k = site.shape, site.generators
+    m = sum(model.get_parameter(name).shape[0] for name in site.parameters)
+    exact = 2 * b * n * m
+    # Cosines of all tokens with all generators; scaled sums of rows of dZ; their product with C.
+    return exact - (2 * b * k * n + 2 * b * m + 2 * k * m * n)

@@ -204,7 +204,7 @@ def paper_table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     size = ("--layers", "2", "--width", "64", "--vocabulary", "256", "--tokens", "512")
     printed = run("paper_table.py", "--models", "llama-60m", *size, "--only", "qkv", "--out", out)
     assert "| LLaMA-60M | 1/512 | 1 |" in printed
-    record: dict[str, Any] = json.loads((out / "partitions.json").read_text())
+    record: dict[str, Any] = json.loads((out / "partitions-qkv.json").read_text())
     assert_finite(record)
     return record
 
@@ -229,3 +229,23 @@ def test_what_every_arm_saves_of_a_fake_model() -> None:
     assert [name for name, arm in arms.items() if arm["compressed_sites"]] == [
         name for name in ARMS if name.startswith("PAMM")
     ]
+
+
+def test_table_of_targets(tmp_path: Path) -> None:
+    size = ("--layers", "1", "--width", "64", "--vocabulary", "257", "--tokens", "512")
+    printed = run(
+        "paper_table.py", "--models", "llama-60m", *size, "--ratio", "128", "--only", "targets",
+        "--budgets", "1", "--out", tmp_path,
+    )  # fmt: skip
+    record = json.loads((tmp_path / "partitions-targets.json").read_text())
+    rows = record["models"]["llama-60m"]["targets"]
+    exact, qkv = rows.pop("compile"), rows["Q, K, V"]
+    b, n, k, inner = 512, 64, 4, 1376
+    assert exact["saved_flops"] == 0
+    assert exact["weight_flops"] == 6 * b * (4 * n * n + 3 * n * inner + 257 * n)
+    assert qkv["saved_flops"] == 2 * b * n * 3 * n - 2 * (b * k * n + b * 3 * n + k * 3 * n * n)
+    assert qkv["saved_bytes"]["1"] == exact["saved_bytes"]["1"] - (b * n - k * n) * 2 + 3 * b
+    assert [row["compressed_sites"] for row in rows.values()] == [1, 1, 2, 2, 3]
+    both = rows["Q, K, V, gate, up"]
+    assert both["saved_flops"] == qkv["saved_flops"] + rows["gate, up"]["saved_flops"]
+    assert all(f"LLaMA-60M: {name} |" in printed for name in rows)
