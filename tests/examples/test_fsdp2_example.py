@@ -1,4 +1,4 @@
-"""Run examples/fsdp2.py with torchrun, tiny, on two processes of this machine."""
+"""Run examples/fsdp2.py with torchrun and Inductor, tiny, on two processes of this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from programs import assert_explained, run, start
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = (
     "--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "4", "--sequence", "64",
-    "--steps", "4", "--lr", "0.01", "--ratio", "8", "--base", "aot_eager", "--device", "cpu",
+    "--steps", "4", "--lr", "0.01", "--ratio", "8", "--device", "cpu",
 )  # fmt: skip
 
 
