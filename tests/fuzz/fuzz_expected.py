@@ -47,13 +47,16 @@ def expect(spec: Spec, model: Model) -> Expected | None:
             if "bias" not in name:
                 stream.weights.append((names[id(parameter)], parameter.requires_grad))
 
-    def add_projection(key: object, tokens: int, shared: bool, module: nn.Module) -> None:
+    def add_projection(
+        key: object, number: int, tokens: int, shared: bool, module: nn.Module
+    ) -> None:
         if not isinstance(module, LoRA):
             add(key, tokens, shared, module)
             return
         add(key, tokens, shared, module.base)
         if module.dropout:
-            add((key, id(module)), tokens, False, module.a)
+            # Each use draws a mask of its own.
+            add((key, number, id(module)), tokens, False, module.a)
         else:
             add(key, tokens, shared, module.a)
         trained = module.b.weight.requires_grad
@@ -71,9 +74,9 @@ def expect(spec: Spec, model: Model) -> Expected | None:
             for role, module in part.project._modules.items():
                 assert module is not None
                 if crosses and role != "q":
-                    add_projection("memory", spec.batch * spec.memory_length, False, module)
+                    add_projection("memory", number, spec.batch * spec.memory_length, False, module)
                 else:
-                    add_projection(key, spec.batch * spec.length, shared, module)
+                    add_projection(key, number, spec.batch * spec.length, shared, module)
 
     compressed = 0
     for stream in streams.values():
