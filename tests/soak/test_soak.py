@@ -14,9 +14,9 @@ import pytest
 
 import pamm_compile
 
-WARM = 4
+WARM = 3
 """Rounds until every shape was compiled for."""
-FLAT = 4.0
+FLAT = 1.0
 """MiB by which the last rounds may hold more than the first warm ones."""
 
 
