@@ -36,6 +36,9 @@ def expect(spec: Spec, model: Model) -> Expected | None:
     """
     if spec.targets != "qkv" or spec.order == "bare":
         return None
+    if spec.decompose and 1 in (spec.length, spec.memory_length):
+        # Inductor makes some matmuls over one token, or one key, a product of elements.
+        return None
     names = {id(p): n for n, p in model.named_parameters()}
     streams: dict[object, _Stream] = {}
     outcomes: dict[str, set[str]] = defaultdict(set)
@@ -78,9 +81,6 @@ def expect(spec: Spec, model: Model) -> Expected | None:
                 else:
                     add_projection(key, number, spec.batch * spec.length, shared, module)
 
-    if spec.decompose and any(stream.tokens == 1 for stream in streams.values()):
-        # Inductor makes some matmuls over one token a product of elements.
-        return None
     compressed = 0
     for stream in streams.values():
         outcome = _outcome(spec, stream)
