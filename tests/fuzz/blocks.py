@@ -1,212 +1,17 @@
-"""Random small transformers: a printable description, and the plain nn.Module it stands for.
-
-`Spec` says everything about a model, its inputs and the options it is compiled with; its repr is
-all that is needed to build the same again. Every matmul with a parameter is a `Product`, however
-it is written, so that a test can put another one in its place.
-"""
+"""Random small transformers: the plain nn.Module that a `Spec` stands for, and its inputs."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from products import Concatenated, Conv1D, Dense, Einsum, LoRA, PerHead, Rows, bias_of, weight_of
+from spec import Spec
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-
-FORMS = (
-    "linear", "conv1d", "einsum", "per_head", "fused", "fused_conv1d", "fused_kv", "packed",
-    "concatenated",
-)  # fmt: skip
-ATTENTIONS = (
-    "sdpa", "sdpa_causal", "sdpa_bool", "sdpa_float", "sdpa_padding", "sdpa_scale", "math",
-    "math_fp32", "math_causal", "math_additive", "math_exp",
-)  # fmt: skip
-NORMS = ("layer", "layer_plain", "rms", "rms_fp32", "none", "tanh", "relu")
-ORDERS = ("pre", "post", "sandwich", "parallel", "parallel_norms", "bare")
-MLPS = ("gelu", "swiglu", "relu", "none")
-SHARED = ("none", "tied_qk", "block_twice", "norm")
-CROSS = ("none", "only", "after_self")
-DTYPES = ("float32", "bfloat16", "float16", "float64", "autocast")
-RETURNED = ("loss", "hidden", "hidden_used", "input_used")
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A model, its inputs, and the options it is compiled with."""
-
-    form: str = "linear"
-    attention: str = "sdpa"
-    norm: str = "layer"
-    order: str = "pre"
-    mlp: str = "gelu"
-    shared: str = "none"
-    cross: str = "none"
-    dtype: str = "float32"
-    returned: str = "loss"
-    batch: int = 2
-    length: int = 12
-    memory_length: int = 9
-    width: int = 16
-    heads: int = 2
-    kv_heads: int = 2
-    head_dim: int = 8
-    layers: int = 1
-    bias: bool = False
-    rope: bool = False
-    qk_norm: bool = False
-    sequence_first: bool = False
-    input_grad: bool = True
-    memory_grad: bool = False
-    frozen: frozenset[str] = frozenset()
-    """Of "q", "k", "v" (all three freeze a fused weight), "norm", "mlp", "bias"."""
-    lora: bool = False
-    lora_dropout: bool = False
-    dropout: float = 0.0
-    checkpoint: bool = False
-    ratio: float = 4
-    min_generators: int = 1
-    epsilon: float | None = None
-    sampling: str = "stratified"
-    min_tokens: int = 1
-    targets: str = "qkv"
-    """"qkv", "linear", or a regular expression."""
-    seed: int = 0
-    budget: float = 1.0
-    decompose: bool = False
-    dynamic: bool = False
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return torch.float32 if self.dtype == "autocast" else getattr(torch, self.dtype)
-
-
-# Matmuls with a parameter ------------------------------------------------------------------------
-
-
-class Product(nn.Module):
-    """x·Wᵀ + bias; `matrix()` is W as [m, n], whatever the parameters look like."""
-
-    bias: nn.Parameter | None
-
-    def matrix(self) -> Tensor:
-        raise NotImplementedError
-
-
-def _weight(*shape: int, fan_in: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape) / math.sqrt(fan_in))
-
-
-def _bias(width: int, wanted: bool) -> nn.Parameter | None:
-    return nn.Parameter(torch.randn(width) / 10) if wanted else None
-
-
-class Dense(Product):
-    def __init__(self, n: int, m: int, bias: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = _weight(m, n, fan_in=n), _bias(m, bias)
-
-    def matrix(self) -> Tensor:
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-
-class Conv1D(Product):
-    """GPT-2's: the weight is stored transposed."""
-
-    def __init__(self, n: int, m: int, bias: bool) -> None:
-        super().__init__()
-        self.weight, self.bias = _weight(n, m, fan_in=n), _bias(m, bias)
-
-    def matrix(self) -> Tensor:
-        return self.weight.t()
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None:
-            return x @ self.weight
-        flat = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return flat.view(*x.shape[:-1], -1)
-
-
-class Einsum(Product):
-    """One weight [heads, n, head]."""
-
-    def __init__(self, n: int, m: int, bias: bool, head: int) -> None:
-        super().__init__()
-        self.weight, self.bias = _weight(m // head, n, head, fan_in=n), _bias(m, bias)
-
-    def matrix(self) -> Tensor:
-        return self.weight.transpose(1, 2).flatten(0, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.einsum("bsn,hnd->bshd", x, self.weight).flatten(2)
-        return out if self.bias is None else out + self.bias
-
-
-class PerHead(nn.Module):
-    """One small product for each head."""
-
-    def __init__(self, n: int, m: int, bias: bool, head: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(Dense(n, head, bias) for _ in range(m // head))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([head(x) for head in self.heads], dim=-1)
-
-
-class Rows(Product):
-    """Some rows of a weight that several products share, as nn.MultiheadAttention has it."""
-
-    def __init__(
-        self, packed: nn.Parameter, packed_bias: nn.Parameter | None, start: int, end: int
-    ) -> None:
-        super().__init__()
-        self.weight, self.packed_bias, self.rows = packed, packed_bias, slice(start, end)
-
-    @property
-    def bias(self) -> Any:
-        return None if self.packed_bias is None else self.packed_bias[self.rows]
-
-    def matrix(self) -> Tensor:
-        return self.weight[self.rows]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight[self.rows], self.bias)
-
-
-class Concatenated(Product):
-    """Several weights, one matmul."""
-
-    def __init__(self, n: int, widths: list[int]) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(_weight(m, n, fan_in=n) for m in widths)
-        self.bias = None
-
-    def matrix(self) -> Tensor:
-        return torch.cat(list(self.weights))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, torch.cat(list(self.weights)))
-
-
-class LoRA(nn.Module):
-    """A frozen product with a trained low-rank addition."""
-
-    def __init__(self, base: Dense, dropout: float) -> None:
-        super().__init__()
-        m, n = base.weight.shape
-        self.base = base.requires_grad_(False)
-        self.a, self.b = Dense(n, 2, False), Dense(2, m, False)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + 0.5 * self.b(self.a(F.dropout(x, self.dropout)))
-
 
 # Attention ---------------------------------------------------------------------------------------
 
@@ -220,7 +25,7 @@ class Projections(nn.Module):
         self.widths = [spec.heads * d, spec.kv_heads * d, spec.kv_heads * d]
         if form == "packed":
             total = sum(self.widths)
-            weight, bias = _weight(total, n, fan_in=n), _bias(total, spec.bias)
+            weight, bias = weight_of(total, n, fan_in=n), bias_of(total, spec.bias)
             ends = list(itertools.accumulate(self.widths, initial=0))
             self.q, self.k, self.v = (Rows(weight, bias, *e) for e in itertools.pairwise(ends))
         elif form in ("fused", "fused_conv1d", "concatenated") and not cross:

@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from blocks import Model, Product, Spec, build, inputs
+from blocks import Model, build, inputs
 from fuzz_expected import expect
 from fuzz_recording import Recording, Site
 from graphs import Captured, capturing_backend, check_saved, memory_budget
 from hypothesis import assume
+from products import Product
+from spec import Spec
 from torch import Tensor
 from torch.fx import GraphModule
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from blocks import Attention, Block, LoRA, Model, Spec
+from blocks import Attention, Block, Model
+from products import LoRA
+from spec import Spec
 from torch import nn
 
 

@@ -11,7 +11,9 @@ import os
 
 import hypothesis.strategies as st
 import pytest
-from blocks import (
+from fuzz_checks import check
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from spec import (
     ATTENTIONS,
     CROSS,
     DTYPES,
@@ -23,8 +25,6 @@ from blocks import (
     SHARED,
     Spec,
 )
-from fuzz_checks import check
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 GRAPHS = int(os.environ.get("PAMM_FUZZ_GRAPHS", "306"))
 SEED = int(os.environ.get("PAMM_FUZZ_SEED", "0"))
