@@ -101,7 +101,7 @@ def specs(draw: st.DrawFn, form: str) -> Spec:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_every_invariant_on_random_blocks(form: str) -> None:
-    @seed(SEED)
+    @seed(f"{form} {SEED}")
     @settings(
         max_examples=max(1, GRAPHS // len(FORMS)),
         deadline=None,
