@@ -36,10 +36,7 @@ def expect(spec: Spec, model: Model) -> Expected | None:
         spec: with `targets="qkv"`, and a residual stream; for others the result is None.
         model: built from it.
     """
-    if spec.targets != "qkv" or spec.order == "bare":
-        return None
-    if spec.decompose and 1 in (spec.length, spec.memory_length):
-        # Inductor makes some matmuls over one token, or one key, a product of elements.
+    if spec.targets != "qkv" or spec.order == "bare" or spec.has_products_of_elements:
         return None
     names = {id(p): n for n, p in model.named_parameters()}
     streams: dict[object, _Stream] = {}

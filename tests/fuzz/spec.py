@@ -71,3 +71,8 @@ class Spec:
     @property
     def torch_dtype(self) -> torch.dtype:
         return torch.float32 if self.dtype == "autocast" else getattr(torch, self.dtype)
+
+    @property
+    def has_products_of_elements(self) -> bool:
+        """Whether Inductor may make matmuls over one token, or one key, products of elements."""
+        return self.decompose and 1 in (self.length, self.memory_length)
