@@ -38,6 +38,9 @@ def expect(spec: Spec, model: Model) -> Expected | None:
     """
     if spec.targets != "qkv" or spec.order == "bare" or spec.has_products_of_elements:
         return None
+    if spec.norm == "layer_plain" and spec.decompose:
+        # Its backward pass computes what it returned again, in some dtypes by the same calls.
+        return None
     names = {id(p): n for n, p in model.named_parameters()}
     streams: dict[object, _Stream] = {}
     outcomes: dict[str, set[str]] = defaultdict(set)

@@ -148,6 +148,16 @@ def test_a_norm_computed_again_is_the_same_input() -> None:
     assert (site.reason, site.detail) == ("SHARED_INPUT", "mlp.weight")
 
 
+def test_the_output_of_a_norm_without_weights_is_read_by_its_own_gradient() -> None:
+    model = _block()
+    model.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), model)
+    using = pamm_compile.backend(min_tokens=1)
+    # Decomposed, as Inductor has it: the normalized rows are X, and the backward pass needs them.
+    (site,) = pamm_compile.explain(model, *_x().values(), using=using).sites
+    assert site.reason == "SHARED_INPUT"
+
+
 class _Broken(nn.Module):
     def __init__(self) -> None:
         super().__init__()
