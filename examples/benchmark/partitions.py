@@ -120,13 +120,12 @@ def targets(case: Case, budgets: Sequence[float]) -> dict[str, Any]:
     """Return what PAMM saves on each choice of projections: bytes by budget, and FLOPs."""
     rows: dict[str, Any] = {}
     with fake_model(case) as (model, batch):
-        for name, chosen in {"": None, **TARGETS}.items():
-            using = None
-            if chosen is not None:
-                using = pamm_compile.backend(
-                    ratio=case.ratio, min_tokens=case.min_tokens, targets=chosen
-                )
-            row = rows[name or REFERENCE] = {"saved_bytes": {}}
+        backends = {
+            name: pamm_compile.backend(ratio=case.ratio, min_tokens=case.min_tokens, targets=chosen)
+            for name, chosen in TARGETS.items()
+        }
+        for name, using in {REFERENCE: None, **backends}.items():
+            row = rows[name] = {"saved_bytes": {}}
             for budget in budgets:
                 with Arm("", budget=budget).settings():
                     found = pamm_compile.predict_saved(model, using=using, **batch)
