@@ -153,6 +153,19 @@ class NormForEach(Attention):
         return x + self.o(join_heads(self.attend(q, k, v)))
 
 
+class ProjectedPatches(nn.Module):
+    """A linear layer makes the residual stream of patches; no low-rank factor of q, k and v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4 * WIDTH, WIDTH)
+        self.positions = nn.Parameter(torch.randn(LENGTH, WIDTH))
+        self.block = Attention(_sdpa())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.embed(x) + self.positions)
+
+
 class EinsumHeads(nn.Module):
     """One weight tensor [heads, width, head] for each of q, k and v."""
 
@@ -236,6 +249,10 @@ MODULE_FORMS = [
     Case(
         "norm_for_each", lambda: NormForEach(_sdpa()), lambda: {"x": _x()},
         (r"^[qkv]\.weight$",), 1, _mean_square,
+    ),
+    Case(
+        "projected_patches", ProjectedPatches, lambda: {"x": _x(BATCH, LENGTH, 4 * WIDTH)},
+        (r"^block\.[qkv]\.weight$",), 1, _mean_square,
     ),
     Case("einsum_heads", EinsumHeads, lambda: {"x": _x()}, (r"^[qkv]$",), 1, _mean_square),
     Case("per_head", PerHead, lambda: {"x": _x()}, (r"^[qkv]\.\d\.weight$",), 1, _mean_square),

@@ -100,6 +100,18 @@ DECODERS = [
         (r"\.self_attn\.qkv_proj\.weight$",),
         LAYERS,
     ),
+    # Multi-head latent attention: what projects down from the stream has the wide input.
+    Case(
+        "deepseek_v3",
+        _decoder(
+            "DeepseekV3Config", "DeepseekV3ForCausalLM", num_key_value_heads=HEADS,
+            first_k_dense_replace=LAYERS, q_lora_rank=12, kv_lora_rank=8, qk_rope_head_dim=4,
+            qk_nope_head_dim=8, v_head_dim=8,
+        ),
+        causal,
+        (r"\.self_attn\.(q_a_proj|kv_a_proj_with_mqa)\.weight$",),
+        LAYERS,
+    ),
     Case(
         "gpt2",
         lambda: hf.GPT2LMHeadModel(

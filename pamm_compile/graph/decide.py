@@ -97,9 +97,8 @@ def _own_reason(joint: JointGraph, site: Site, options: Options) -> tuple[Reason
     if not trained:
         return Reason.NO_WEIGHT_GRAD, ""
     if all(p.narrow_of is not None for p in trained):
-        return Reason.NARROW_INPUT, "compressed there: " + ", ".join(
-            p.narrow_of.name for p in trained if p.narrow_of is not None
-        )
+        factors = dict.fromkeys(p.narrow_of.name for p in trained if p.narrow_of is not None)
+        return Reason.NARROW_INPUT, "output of " + ", ".join(factors)
     # By parameter: projections that share one have their gradients listed under the first.
     covered = {w.node for g in site.gradients for w in g.projection.parameters}
     missing = [p.name for p in trained if covered.isdisjoint(w.node for w in p.parameters)]

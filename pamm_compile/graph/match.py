@@ -270,7 +270,12 @@ class _Finder:
         return Projection(node, activation, tuple(parameters), self._narrow(activation))
 
     def _narrow(self, activation: Node) -> Projection | None:
-        """Return the projection whose narrow output an activation is, through no residual sum."""
+        """Return the projection whose narrow output an activation is, if it is a low-rank factor.
+
+        x ── A (n → r) ── B                    a factor, as in LoRA
+        x ── A (n → r) ─┬─ norm ── B ── … ─ add     the stream itself, as behind a
+                        └───────────────────┘       projection of patches
+        """
         for node in self.joint.walk_back([activation], self._ends_narrow):
             if not is_matmul(node):
                 continue
@@ -278,7 +283,8 @@ class _Finder:
             if operands is None:
                 continue
             wide, narrow = value(operands[0]).shape[-1], value(node).shape[-1]
-            if isinstance(wide, int) and isinstance(narrow, int) and 2 * narrow <= wide:
+            is_narrow = isinstance(wide, int) and isinstance(narrow, int) and 2 * narrow <= wide
+            if is_narrow and not self._is_residual_stream(node):
                 return Projection(node, operands[0], tuple(operands[1]))
         return None
 
@@ -289,6 +295,21 @@ class _Finder:
             return False
         full = [n for n in node.all_input_nodes if self._spans(n, node)]
         return len(full) > 1
+
+    def _is_residual_stream(self, node: Node) -> bool:
+        """Tell whether something behind a matmul or attention is added to a node's elements."""
+        own, stack = {node}, [node]
+        while stack:
+            for user in stack.pop().users:
+                ends = user in self.joint.backward or self._ends_projection(user)
+                if user not in own and user.op != "output" and not ends:
+                    own.add(user)
+                    stack.append(user)
+        return any(
+            op_name(total) in _ACTIVATION_SUMS
+            and any(n not in own and self._spans(n, total) for n in total.all_input_nodes)
+            for total in own
+        )
 
     def _spans(self, operand: Node, result: Node) -> bool:
         a, b = value(operand), value(result)

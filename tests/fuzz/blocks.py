@@ -221,10 +221,11 @@ class Model(nn.Module):
     def __init__(self, spec: Spec) -> None:
         super().__init__()
         self.spec = spec
+        self.embed = Dense(3 * spec.width, spec.width, True) if spec.projected else None
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
 
     def forward(self, x: Tensor, memory: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        hidden = x
+        hidden = x if self.embed is None else self.embed(x)
         order = [*self.blocks, *([self.blocks[0]] if self.spec.shared == "block_twice" else [])]
         for block in order:
             before = hidden
@@ -278,15 +279,15 @@ def inputs(spec: Spec, *, longer: int = 0) -> dict[str, Tensor]:
 
     batch, length = grown(spec.batch), grown(spec.length)
 
-    def stream(length: int, requires_grad: bool) -> Tensor:
+    def stream(length: int, width: int, requires_grad: bool) -> Tensor:
         # Tokens share directions, as those of trained models do, and differ in length.
-        base = torch.randn(3, spec.width, generator=generator)
+        base = torch.randn(3, width, generator=generator)
         mix = torch.randn(batch, length, 3, generator=generator)
-        noise = torch.randn(batch, length, spec.width, generator=generator)
+        noise = torch.randn(batch, length, width, generator=generator)
         return (mix @ base + 0.3 * noise).to(spec.torch_dtype).requires_grad_(requires_grad)
 
     return {
-        "x": stream(length, spec.input_grad),
-        "memory": stream(grown(spec.memory_length), spec.memory_grad),
+        "x": stream(length, (3 if spec.projected else 1) * spec.width, spec.input_grad),
+        "memory": stream(grown(spec.memory_length), spec.width, spec.memory_grad),
         "target": torch.randn(batch, length, spec.width, generator=generator),
     }

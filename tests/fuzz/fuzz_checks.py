@@ -39,6 +39,11 @@ _ROUNDING = {
 }  # fmt: skip
 
 
+def _rounding(spec: Spec) -> float:
+    in_fp32 = spec.attention == "math_fp32" or spec.norm == "rms_fp32"
+    return _ROUNDING["float32" if in_fp32 and spec.dtype == "float64" else spec.dtype]
+
+
 @dataclass
 class Arms:
     """One capture: its graphs, and what they were given and returned when they last ran."""
@@ -136,7 +141,7 @@ def _check_run(
     for name, grad in exact.grads.items():
         assert name in compressed or torch.equal(grad, ours.grads[name]), f"{name} changed"
 
-    tolerance = _ROUNDING[spec.dtype]
+    tolerance = _rounding(spec)
     scale = tolerance * max(grad.double().norm() for grad in exact.grads.values())
     if spec.ratio == 1:
         for name in compressed:
@@ -261,7 +266,7 @@ def _find(spec: Spec, x: Tensor, names: set[str], sites: list[Site]) -> int | No
     for number, site in enumerate(sites):
         if names & set(site.parameters) and site.x.shape == x.shape:
             error = (site.x.double() - x.detach().double()).norm()
-            if error <= _ROUNDING[spec.dtype] * x.detach().double().norm():
+            if error <= _rounding(spec) * x.detach().double().norm():
                 return number
     return None
 

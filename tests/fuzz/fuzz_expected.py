@@ -115,7 +115,11 @@ def _input_of(spec: Spec, block: Block, number: int, part: Attention) -> tuple[o
     activation = spec.norm in ("tanh", "relu")
     raw = spec.order == "post" and number == 0 and not second
     differentiated = (
-        spec.input_grad or number > 0 or "norm" not in spec.frozen or (second and not parallel)
+        spec.input_grad
+        or spec.projected
+        or number > 0
+        or "norm" not in spec.frozen
+        or (second and not parallel)
     )
     return key, with_mlp or (activation and not raw and differentiated)
 

@@ -55,6 +55,8 @@ class Spec:
     lora: bool = False
     lora_dropout: bool = False
     dropout: float = 0.0
+    projected: bool = False
+    """Whether a linear layer narrows the input to the width, as one of patches does."""
     checkpoint: bool = False
     ratio: float = 4
     min_generators: int = 1

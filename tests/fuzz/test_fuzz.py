@@ -53,7 +53,7 @@ def specs(draw: st.DrawFn, form: str) -> Spec:
     head_dim = draw(st.sampled_from((2, 4, 6, 8)))
     # Dynamo takes a size for a constant if another happens to be equal to it.
     fixed = {width, heads, kv_heads, heads // kv_heads, head_dim, head_dim // 2, 2 * width + 1}
-    fixed |= {heads * head_dim, kv_heads * head_dim}
+    fixed |= {heads * head_dim, kv_heads * head_dim, 3 * width}
     may_vary = len({batch, length, memory_length} - fixed) == 3
     return Spec(
         form=form,
@@ -83,6 +83,7 @@ def specs(draw: st.DrawFn, form: str) -> Spec:
         lora=lora,
         lora_dropout=lora and budget == 1 and draw(st.booleans()),
         dropout=0.0 if budget < 1 else rarely(0.2, 0.0),
+        projected=rarely(True, False),
         checkpoint=checkpoint,
         ratio=draw(st.sampled_from((1, 2, 3, 4.5, 7, 100))),
         min_generators=draw(st.sampled_from((1, 1, 3, 300))),
