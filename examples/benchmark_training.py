@@ -3,6 +3,7 @@
     python examples/benchmark_training.py                      # the preset for this machine
     python examples/benchmark_training.py --preset ci          # tiny, a minute or two
     python examples/benchmark_training.py --models gpt2 --layers 4 --batch 4
+    python examples/benchmark_training.py --arms eager "compile + budget 0.99" PAMM
     python examples/benchmark_training.py --device cuda --time-limit 500
     python examples/benchmark_training.py --read runs/benchmark.json     # tables and plots anew
 
@@ -33,7 +34,7 @@ from typing import Any
 import common
 import torch
 from benchmark import output, peak, worker
-from benchmark.arms import ARMS, Arm
+from benchmark.arms import ARMS, REFERENCE, Arm
 from benchmark.presets import PRESETS, Preset
 from benchmark.shapes import SHAPES, Case
 from tqdm import tqdm
@@ -49,6 +50,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu or cpu, by device")
     parser.add_argument("--models", nargs="+", choices=SHAPES, help="default: the preset's")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", choices=[arm.name for arm in ARMS],
+        help=f"default: all; {REFERENCE!r} is always among them",
+    )  # fmt: skip
     for field in ("layers", "batch", "sequence", "vocabulary"):
         parser.add_argument(f"--{field}", type=common.positive, help="default: the preset's")
     parser.add_argument("--device", default=common.default_device(), help="default: %(default)s")
@@ -169,6 +174,8 @@ class Benchmark:
     def __init__(self, args: argparse.Namespace, preset: Preset) -> None:
         self.args = args
         self.started = time.time()
+        names = {REFERENCE, *(args.arms or [arm.name for arm in ARMS])}
+        self.arms = [arm for arm in ARMS if arm.name in names]
         facts: dict[str, Any] = {**common.environment(args), "commit": common.commit()}
         facts["machine"] = f"{common.processor()}, {args.threads} threads"
         options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
@@ -176,7 +183,7 @@ class Benchmark:
             "command": shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
             "environment": facts,
             "options": options,
-            "arms": [arm.name for arm in ARMS],
+            "arms": [arm.name for arm in self.arms],
             "models": {},
             "left_out": [n for n in preset.left_out if n not in args.models],
             "skipped": [],
@@ -204,7 +211,7 @@ class Benchmark:
             "tokens": case.tokens,
             "generators": case.generators,
             "cuts": case.cuts(),
-            "arms": {arm.name: {} for arm in ARMS},
+            "arms": {arm.name: {} for arm in self.arms},
         }
         self.record["models"][case.model] = model
         print(f"\n{case.cuts()}", flush=True)
@@ -212,7 +219,7 @@ class Benchmark:
         half = None if until is None else now + _MEMORY_SHARE * (until - now)
         self._memory(case, model, half)
         result = self.processes.run(
-            worker.times, case, ARMS, self.args.rounds, until, timeout=_left(until, _GRACE)
+            worker.times, case, self.arms, self.args.rounds, until, timeout=_left(until, _GRACE)
         )
         for name, reason in result.get("skipped", {}).items():
             model["arms"][name]["not_timed"] = reason
@@ -238,9 +245,9 @@ class Benchmark:
 
         with (
             concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool,
-            tqdm(total=len(ARMS), unit="arm", desc="memory", dynamic_ncols=True) as bar,
+            tqdm(total=len(self.arms), unit="arm", desc="memory", dynamic_ncols=True) as bar,
         ):
-            futures = {pool.submit(job, arm): arm for arm in ARMS}
+            futures = {pool.submit(job, arm): arm for arm in self.arms}
             for future in concurrent.futures.as_completed(futures):
                 model["arms"][futures[future].name].update(future.result())
                 self.save()
