@@ -24,6 +24,8 @@ def own_cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Inductor's pool of compilers is a process that imports torch beside every process of ours.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Tracing makes objects by the million; looking for cycles in a growing heap took a fifth of the
     # time.
     gc.set_threshold(100_000, 50, 100)

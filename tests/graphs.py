@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,8 @@ class Captured:
     """How many of its outputs are those of the forward pass."""
     inputs: list[set[str]] = field(default_factory=list)
     """Per compressed site, the names of the nodes that are its input X in some arrangement."""
+    at_budget: dict[float, Captured] = field(default_factory=dict)
+    """The same joint graph as the partitioner cuts it under other memory budgets."""
 
     def saved(self) -> list[Node]:
         """Return what the forward graph saves for the backward graph."""
@@ -51,12 +53,21 @@ class Captured:
         return sum(n.meta["val"].nbytes for n in self.saved() if isinstance(n.meta["val"], Tensor))
 
 
+def _copy(module: GraphModule) -> GraphModule:
+    """Return a module with another graph, and the same constants."""
+    graph = Graph()
+    output = graph.output(graph.graph_copy(module.graph, {}))
+    output.meta = dict(module.graph.output_node().meta)
+    return GraphModule(module, graph)
+
+
 def capturing_backend(
     captured: Captured,
     options: Options,
     *,
     decompose: bool,
     apply: bool = True,
+    budgets: Sequence[float] = (),
     run: Callable[[GraphModule, list[Any]], Any] = _compat.boxed_nop,
 ) -> Callable[..., Any]:
     """Return a Dynamo backend that partitions as Inductor does and runs the parts eagerly."""
@@ -68,9 +79,7 @@ def capturing_backend(
 
         def partition(module: GraphModule, *args: Any, **kwargs: Any) -> Any:
             kept.before = str(module.graph)
-            exact = Graph()
-            exact.output(exact.graph_copy(module.graph, {}))
-            kept.exact = GraphModule(module, exact)
+            kept.exact = _copy(module)
             kept.forward_outputs = kwargs["num_fwd_outputs"]
             joint = JointGraph(module.graph, joint_pass.parameter_names)
             sites = decide(joint, find_sites(joint, options.targets), options).accepted
@@ -82,6 +91,13 @@ def capturing_backend(
             kept.joint = module.graph
             assert joint_pass.report is not None
             kept.report = joint_pass.report
+            for budget in budgets:
+                with memory_budget(budget):
+                    parts = _compat.min_cut_rematerialization_partition(
+                        _copy(module), *args, **kwargs
+                    )
+                forward, backward = (part.graph for part in parts)
+                kept.at_budget[budget] = replace(kept, forward=forward, backward=backward)
             return _compat.min_cut_rematerialization_partition(module, *args, **kwargs)
 
         def keep(name: str) -> Callable[..., Any]:

@@ -41,8 +41,8 @@ def test_a_rank_that_fails_is_reported_and_not_waited_for() -> None:
 
 @pytest.mark.slow
 def test_ranks_that_wait_are_ended_and_located() -> None:
-    with pytest.raises(RankFailedError, match="still running after 40 s") as caught:
-        launch("failing_checks:one_waits", ranks=2, timeout=40)
+    with pytest.raises(RankFailedError, match="still running after 25 s") as caught:
+        launch("failing_checks:one_waits", ranks=2, timeout=25)
     assert "in one_waits" in str(caught.value)
 
 

@@ -74,13 +74,24 @@ def test_models_start_from_chance(model: str, monkeypatch: pytest.MonkeyPatch) -
     assert loss.item() == pytest.approx(math.log(256), abs=0.3)
 
 
+def test_a_mistake_ends_the_program_with_a_sentence() -> None:
+    assert_explained(start("train.py", "--ratio", "0"), "ratio=0.0 is not allowed")
+
+
 @pytest.mark.parametrize(
     ("options", "explanation"),
     [
         (("--heads", "3"), "--hidden 128 is not a multiple of --heads 3"),
-        (("--ratio", "0"), "ratio=0.0 is not allowed"),
-        (("--targets", "("), "is no regular expression"),
+        (("--targets", "("), r"--targets \( is no regular expression"),
     ],
 )
-def test_a_mistake_is_explained(options: tuple[str, ...], explanation: str) -> None:
-    assert_explained(start("train.py", *options), explanation)
+def test_a_mistake_is_explained(
+    options: tuple[str, ...], explanation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import common
+    import train
+
+    monkeypatch.setattr("sys.argv", ["train.py", *options])
+    with pytest.raises(SystemExit, match=explanation):
+        common.run(train.main)
