@@ -12,6 +12,7 @@ from forms import Attention, _sdpa, split_heads
 from graphs import step
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
 from zoo import DECODERS, ENCODERS, HEADS, WIDTH, Case, causal, tokens
 
 import pamm_compile
@@ -86,6 +87,21 @@ def test_dynamic_batch_and_length(base: Any, sampling: Any, epsilon: float | Non
             assert (ours.grads[name] - grad).norm() <= 1e-5 * grad.norm() + 1e-9, name
     assert counter.frame_count == frames
     assert backend.report.graphs == ()
+
+
+def test_a_gradient_that_reads_the_size_of_the_input_does_not_keep_it() -> None:
+    """GPT-2's Conv1D flattens its input, and its backward pass asks that for its size."""
+    model, backend, _ = _block(base="aot_eager")
+    model.q, model.k, model.v = (Conv1D(WIDTH, WIDTH) for _ in range(3))
+    step(
+        model,
+        torch.compile(model, backend=backend, dynamic=True),
+        {"x": torch.randn(2, 12, WIDTH)},
+        _square,
+    )
+    (site,) = backend.report.sites
+    assert site.compressed, site.detail
+    assert site.parameters == ("q.weight", "k.weight", "v.weight")
 
 
 def test_number_of_generators_follows_a_dynamic_shape() -> None:

@@ -46,6 +46,11 @@ _GRADIENT_PATH = _CHAIN | {
     "aten::zeros_like",
 }  # fmt: skip
 
+# Read a tensor's shape and none of its elements; the partitioner saves the numbers.
+_SHAPE_READS = {
+    "aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset",
+}  # fmt: skip
+
 _MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
 _CONVOLUTIONS = {"aten::convolution", "aten::_convolution"}
 _TRANSPOSES = {"aten::t", "aten::permute", "aten::transpose"}
@@ -338,15 +343,15 @@ class JointGraph:
         Returns:
             closure: `base`, what equals it, and everything that only rearranges or casts these, in
                 either phase.
-            backward: what is computed from these for a gradient alone, whether it depends on a
-                tangent or not (the 1 − tanh² of a decomposed tanh does not).
+            backward: what is computed from their elements for a gradient alone, whether it depends
+                on a tangent or not (the 1 − tanh² of a decomposed tanh does not).
         """
         closure = set(self._equals[self._firsts[base]])
         stack = list(closure)
         backward: set[Node] = set()
         while stack:
             for user in stack.pop().users:
-                if user in closure or user.op == "output":
+                if user in closure or user.op == "output" or op_name(user) in _SHAPE_READS:
                     continue
                 if is_chain_step(user) and user not in self.backward:
                     closure.add(user)
