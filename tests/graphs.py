@@ -119,8 +119,17 @@ def capturing_backend(
     return backend
 
 
-def check_saved(captured: Captured, sites: int, budget: float) -> None:
-    """Assert that every site's C, f and α are saved, and that no gradient reads its X."""
+def check_saved(
+    captured: Captured, sites: int, budget: float, *, recomputes_from_x: bool = False
+) -> None:
+    """Assert that every site's C, f and α are saved, and that no gradient reads its X.
+
+    Args:
+        captured: the graphs.
+        sites: how many are compressed.
+        budget: under which they were partitioned.
+        recomputes_from_x: whether the partitioner may save X, to compute a projection again.
+    """
     assert len(captured.inputs) == sites
     assert captured.forward is not None
     assert captured.backward is not None
@@ -134,7 +143,7 @@ def check_saved(captured: Captured, sites: int, budget: float) -> None:
         is_graph_input = any(name.startswith("primals") for name in names)
         assert {u.name for u in readers} <= in_forward, "the backward pass still reads X"
         assert budget < 1 or is_graph_input or not readers
-        assert not names & saved or (is_graph_input and readers)
+        assert not names & saved or ((is_graph_input or recomputes_from_x) and readers)
 
     assert captured.joint is not None
     contractions = [n for n in captured.backward.nodes if "pamm.contract" in str(n.target)]
