@@ -40,6 +40,7 @@ _ROUNDING = {
 
 
 def _rounding(spec: Spec) -> float:
+    """Return what rounding may do; some parts compute in fp32, whatever the dtype."""
     in_fp32 = spec.attention == "math_fp32" or spec.norm == "rms_fp32"
     return _ROUNDING["float32" if in_fp32 and spec.dtype == "float64" else spec.dtype]
 
