@@ -1,4 +1,4 @@
-"""What the examples share: text, models, options, and facts about the machine."""
+"""What the examples share: models, options, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import os
 import platform
 import re
 import subprocess
-import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pydoc_data import topics
 from typing import Any
 
 # torch.profiler's backend reads this when torch is imported, and else prints a line per start.
@@ -21,7 +19,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -36,97 +34,6 @@ import pamm_compile
 MODELS = ("llama", "gpt2", "roberta")
 
 _BYTES = 256
-_MASK = 256
-_MASKED_SHARE = 0.15
-_VALIDATION_EVERY = 20
-_LEAST_TEXT = 1_000_000
-
-
-class Text:
-    """The Python standard library's own sources, as bytes.
-
-    Files are taken in the order of their paths; every 20th is for validation. Packages installed
-    beside the library, and tests, are left out.
-
-    Args:
-        without: names of further folders to leave out.
-    """
-
-    def __init__(self, without: Sequence[str] = ()) -> None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", *without}
-        files = sorted(
-            path.relative_to(root).as_posix()
-            for path in root.rglob("*.py")
-            if not left_out.intersection(path.relative_to(root).parts)
-        )
-        # RoBERTa's padding is byte 0, which no source needs.
-        texts = [(root / file).read_bytes().replace(b"\0", b"") for file in files]
-        validation = b"".join(texts[::_VALIDATION_EVERY])
-        del texts[::_VALIDATION_EVERY]
-        train = b"".join(texts)
-        if len(train) < _LEAST_TEXT:
-            raise SystemExit(
-                f"{root} holds {len(train):,} bytes of Python sources, too few to train on; "
-                "run this with a Python whose standard library is installed as .py files."
-            )
-        self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
-        self.validation = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
-
-
-class Prose:
-    """The texts of Python's own reference documentation; the last 20th is for validation."""
-
-    def __init__(self) -> None:
-        text = bytearray("\n".join(topics.topics.values()).encode())
-        end = len(text) - len(text) // _VALIDATION_EVERY
-        self.train = torch.frombuffer(text[:end], dtype=torch.uint8)
-        self.validation = torch.frombuffer(text[end:], dtype=torch.uint8)
-
-
-def draw(
-    text: Tensor, model: str, batch: int, sequence: int, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Draw a batch of random windows of a text.
-
-    Args:
-        text: uint8 [bytes].
-        model: one of MODELS; "roberta" gets 15 % of its bytes masked.
-        batch: windows.
-        sequence: bytes a window.
-        generator: decides which.
-
-    Returns:
-        "input_ids" and "labels", int64 [batch, sequence], as the models of Transformers take them.
-    """
-    starts = torch.randint(len(text) - sequence, (batch, 1), generator=generator)
-    ids = text[starts + torch.arange(sequence)].long()
-    if model != "roberta":
-        return {"input_ids": ids, "labels": ids.clone()}
-    masked = torch.rand(ids.shape, generator=generator) < _MASKED_SHARE
-    return {"input_ids": ids.masked_fill(masked, _MASK), "labels": ids.masked_fill(~masked, -100)}
-
-
-class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Random windows of a text, for trainers that make batches themselves.
-
-    Args:
-        text: uint8 [bytes].
-        model: one of MODELS.
-        count: how many windows; each is drawn by its number.
-        sequence: bytes a window.
-    """
-
-    def __init__(self, text: Tensor, model: str, count: int, sequence: int) -> None:
-        self.text, self.model, self.count, self.sequence = text, model, count, sequence
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(number)
-        batch = draw(self.text, self.model, 1, self.sequence, generator)
-        return {name: each[0] for name, each in batch.items()}
 
 
 def build(args: argparse.Namespace) -> nn.Module:
@@ -164,7 +71,7 @@ def make_model(
         layers: of the stack.
         heads: of attention.
         inner: features between the matrices of the MLP.
-        vocabulary: tokens; at least 256 for `draw`, for "roberta" 257.
+        vocabulary: tokens; at least 256 for `corpus.draw`, for "roberta" 257.
         positions: longest sequence.
         dropout: probability, everywhere the model has any.
     """

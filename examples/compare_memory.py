@@ -15,6 +15,7 @@ import json
 from pathlib import Path
 
 import common
+import corpus
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -46,7 +47,7 @@ def main() -> None:
     what = f"{type(model).__name__}, {count:,} parameters"
     print(f"{'model':13} {what}, {args.batch * args.sequence:,} tokens a step, {args.dtype}\n")
     generator = torch.Generator().manual_seed(args.seed)
-    batch = common.draw(common.Text().train, args.model, args.batch, args.sequence, generator)
+    batch = corpus.draw(corpus.Text().train, args.model, args.batch, args.sequence, generator)
     batch = {name: each.to(device) for name, each in batch.items()}
 
     def loss(model: nn.Module) -> Tensor:

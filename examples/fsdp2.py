@@ -17,6 +17,7 @@ import math
 import os
 
 import common
+import corpus
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -234,11 +235,11 @@ def main() -> None:
     mesh = prepare(args)
     exact = make_run("exact", NEVER, mesh, args)
     pamm = make_run(f"PAMM {args.ratio:g}", args.min_tokens, mesh, args)
-    text = common.Text().train
+    text = corpus.Text().train
     # The ranks of one tensor-parallel group see the same batch.
     generator = torch.Generator().manual_seed(args.seed + mesh["dp"].get_local_rank())
     for step in range(args.steps):
-        batch = common.draw(text, "llama", args.batch, args.sequence + 1, generator)["input_ids"]
+        batch = corpus.draw(text, "llama", args.batch, args.sequence + 1, generator)["input_ids"]
         for run in (exact, pamm):
             train_step(run, batch.to(args.device), measure=step == args.steps - 1)
     if dist.get_rank() == 0:

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 import common
+import corpus
 from transformers import Trainer, TrainingArguments
 
 from pamm_compile.integrations.transformers import PammCallback
@@ -40,7 +41,7 @@ def main() -> None:
     args = parse()
     device = common.prepare(args)
     common.announce(args)
-    text = common.Text()
+    text = corpus.Text()
     windows = args.steps * args.accumulate * args.batch
     callback = PammCallback(args.ratio, min_generators=args.min_generators)
     arguments = TrainingArguments(
@@ -63,8 +64,8 @@ def main() -> None:
     trainer = Trainer(
         model=common.build(args),
         args=arguments,
-        train_dataset=common.Windows(text.train, args.model, windows, args.sequence),
-        eval_dataset=common.Windows(text.validation, args.model, 8 * args.batch, args.sequence),
+        train_dataset=corpus.Windows(text.train, args.model, windows, args.sequence),
+        eval_dataset=corpus.Windows(text.validation, args.model, 8 * args.batch, args.sequence),
         callbacks=[callback],
     )
     trainer.train(resume_from_checkpoint=args.resume)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import corpus
 import lightning
 import torch
 from torch import Tensor
@@ -71,10 +72,10 @@ def main() -> None:
     args = parse()
     device = common.prepare(args)
     common.announce(args)
-    text = common.Text()
+    text = corpus.Text()
     windows = args.steps * args.accumulate * args.batch
-    train = common.Windows(text.train, args.model, windows, args.sequence)
-    validation = common.Windows(text.validation, args.model, 8 * args.batch, args.sequence)
+    train = corpus.Windows(text.train, args.model, windows, args.sequence)
+    validation = corpus.Windows(text.validation, args.model, 8 * args.batch, args.sequence)
     model = LanguageModel(args, common.make_backend(args, args.ratio))
     trainer = lightning.Trainer(
         default_root_dir=args.out,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import corpus
 import matplotlib
 
 matplotlib.use("Agg")
@@ -253,7 +254,7 @@ def main() -> None:
     )
     model = common.build(args)
     recorder = Recorder(model)
-    text = common.Text()
+    text = corpus.Text()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
     )
@@ -262,7 +263,7 @@ def main() -> None:
     losses = []
     for step in range(args.steps):
         recorder.enabled = step in wanted
-        batch = common.draw(text.train, args.model, args.batch, args.sequence, draws)
+        batch = corpus.draw(text.train, args.model, args.batch, args.sequence, draws)
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()

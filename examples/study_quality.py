@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import corpus
 import study_methods
 import torch
 from study_methods import Method
@@ -144,7 +145,7 @@ def train(
     model: nn.Module,
     coders: Sequence[Coder],
     method: Method,
-    text: common.Text | common.Prose,
+    text: corpus.Text | corpus.Prose,
     steps: int,
     seed: int,
     args: argparse.Namespace,
@@ -157,7 +158,7 @@ def train(
     is_exact = method.text == "exact"
     losses = []
     for step in range(steps):
-        batch = common.draw(text.train, args.model, args.batch, args.sequence, draws)
+        batch = corpus.draw(text.train, args.model, args.batch, args.sequence, draws)
         for coder in coders:
             coder.method = None if is_exact or step < method.exact_steps else method
             coder.key = (seed, step)
@@ -175,11 +176,11 @@ def train(
 
 
 @torch.no_grad()
-def validate(model: nn.Module, text: common.Text | common.Prose, args: argparse.Namespace) -> float:
+def validate(model: nn.Module, text: corpus.Text | corpus.Prose, args: argparse.Namespace) -> float:
     draws = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(args.validation_batches):
-        batch = common.draw(text.validation, args.model, args.batch, args.sequence, draws)
+        batch = corpus.draw(text.validation, args.model, args.batch, args.sequence, draws)
         losses.append(model(**batch).loss.item())
     return statistics.fmean(losses)
 
@@ -193,7 +194,7 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
 def run_one(
     initial: nn.Module,
     method: Method,
-    text: common.Text | common.Prose,
+    text: corpus.Text | corpus.Prose,
     seed: int,
     args: argparse.Namespace,
 ) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def run_one(
     }
 
 
-def pretrained(text: common.Text | common.Prose, seed: int, args: argparse.Namespace) -> nn.Module:
+def pretrained(text: corpus.Text | corpus.Prose, seed: int, args: argparse.Namespace) -> nn.Module:
     """Return a model with random weights, trained exactly for the --pretrain steps."""
     torch.manual_seed(seed)
     model = common.build(args)
@@ -280,8 +281,8 @@ def main() -> None:
     common.prepare(args)
     methods = [study_methods.parse(method) for method in args.methods]
     # What a model is then tuned on it must not have seen before.
-    text = common.Text(without=("pydoc_data",)) if args.pretrain else common.Text()
-    tuned = common.Prose() if args.pretrain else text
+    text = corpus.Text(without=("pydoc_data",)) if args.pretrain else corpus.Text()
+    tuned = corpus.Prose() if args.pretrain else text
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         known = {

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import corpus
 import matplotlib
 
 matplotlib.use("Agg")
@@ -121,11 +122,11 @@ def train_step(
     run.losses.append(loss.item())
 
 
-def train(runs: list[Run], text: common.Text, args: argparse.Namespace) -> None:
+def train(runs: list[Run], text: corpus.Text, args: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(args.seed)
     with tqdm(total=args.steps, unit="step", dynamic_ncols=True) as bar:
         for step in range(args.steps):
-            batch = common.draw(text.train, args.model, args.batch, args.sequence, generator)
+            batch = corpus.draw(text.train, args.model, args.batch, args.sequence, generator)
             batch = {name: each.to(args.device) for name, each in batch.items()}
             # Each goes first in turn: the first finds other caches than the rest.
             first = step % len(runs)
@@ -140,7 +141,7 @@ def train(runs: list[Run], text: common.Text, args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def validate(run: Run, text: common.Text, args: argparse.Namespace) -> float:
+def validate(run: Run, text: corpus.Text, args: argparse.Namespace) -> float:
     """Return the loss on batches that are the same for every run, without torch.compile.
 
     PAMM changes no forward pass, so that nothing needs to be compiled for it.
@@ -149,17 +150,17 @@ def validate(run: Run, text: common.Text, args: argparse.Namespace) -> float:
     run.model.eval()
     losses = []
     for _ in range(args.validation_batches):
-        batch = common.draw(text.validation, args.model, args.batch, args.sequence, generator)
+        batch = corpus.draw(text.validation, args.model, args.batch, args.sequence, generator)
         batch = {name: each.to(args.device) for name, each in batch.items()}
         losses.append(loss_of(run.model, batch, args).item())
     run.model.train()
     return statistics.fmean(losses)
 
 
-def summarize(run: Run, exact: Run, text: common.Text, args: argparse.Namespace) -> dict[str, Any]:
+def summarize(run: Run, exact: Run, text: corpus.Text, args: argparse.Namespace) -> dict[str, Any]:
     """Return a run's figures, other than those that need the exact run's."""
     generator = torch.Generator().manual_seed(0)
-    batch = common.draw(text.train, args.model, args.batch, args.sequence, generator)
+    batch = corpus.draw(text.train, args.model, args.batch, args.sequence, generator)
     batch = {name: each.to(args.device) for name, each in batch.items()}
     run.optimizer.zero_grad()
     memory = pamm_compile.measure_memory(
@@ -245,7 +246,7 @@ def main() -> None:
     device = common.prepare(args)
     started = time.perf_counter()
     facts = common.announce(args)
-    text = common.Text()
+    text = corpus.Text()
     runs = make_runs(args, device)
     count = sum(parameter.numel() for parameter in runs[0].model.parameters())
     what = f"{type(runs[0].model).__name__}, {count:,} parameters"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import common
+import corpus
 import torch
 from torch import Tensor, nn
 
@@ -108,6 +109,6 @@ def make_model(case: Case) -> nn.Module:
 def make_batch(case: Case) -> dict[str, Tensor]:
     """Draw a batch of real text for a case's model."""
     generator = torch.Generator().manual_seed(case.seed)
-    text, shape = common.Text().train, case.shape
-    batch = common.draw(text, shape.family, case.batch, shape.sequence, generator)
+    text, shape = corpus.Text().train, case.shape
+    batch = corpus.draw(text, shape.family, case.batch, shape.sequence, generator)
     return {name: each.to(case.device) for name, each in batch.items()}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import common
+import corpus
 import torch
 import train
 from torch import Tensor
@@ -119,7 +120,7 @@ def times(
 
 def quality(case: Case, ratios: Sequence[float], steps: int, rate: float) -> dict[str, Any]:
     """Train with exact torch.compile and with PAMM, on the same data from the same weights."""
-    device, text = torch.device(case.device), common.Text()
+    device, text = torch.device(case.device), corpus.Text()
     options = argparse.Namespace(
         model=case.shape.family,
         batch=case.batch,

@@ -57,14 +57,15 @@ def test_compare_memory(tmp_path: Path) -> None:
 def test_models_start_from_chance(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import common
+    import corpus
 
     parser = argparse.ArgumentParser()
     common.add_model_options(parser)
     args = parser.parse_args(["--model", model, *TINY])
     torch.manual_seed(0)
-    text = common.Text()
+    text = corpus.Text()
     draws = [
-        common.draw(text.train, model, 4, 64, torch.Generator().manual_seed(seed))
+        corpus.draw(text.train, model, 4, 64, torch.Generator().manual_seed(seed))
         for seed in (0, 0, 1)
     ]
     assert torch.equal(draws[0]["input_ids"], draws[1]["input_ids"])
