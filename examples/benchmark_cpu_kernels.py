@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from pamm_compile.ops import assign, contract, index_dtype
-from pamm_compile.ops.compression import Compressed, weight_gradients
+from pamm_compile.methods.pamm import assign, contract, index_dtype
+from pamm_compile.methods.pamm.compression import Compressed, weight_gradients
 
 Kernel = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pamm_compile
-from pamm_compile import lowering
-from pamm_compile.ops import assign, compression, contract, index_dtype
+from pamm_compile.methods.pamm import assign, compression, contract, index_dtype
+from pamm_compile.methods.pamm import triton as lowering
 
 
 class Shape(NamedTuple):

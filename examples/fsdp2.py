@@ -34,7 +34,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import pamm_compile
-from pamm_compile.measure import saved_storages
+from pamm_compile.inspect.measure import saved_storages
 
 BYTES = 256
 NEVER = 2**62

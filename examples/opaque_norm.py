@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from pamm_compile.predict import predict_saved
+from pamm_compile.inspect.predict import predict_saved
 
 
 @torch.library.custom_op("pamm_example::rms_norm", mutates_args=())

@@ -29,8 +29,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from pamm_compile.ops import assign, index_dtype
-from pamm_compile.ops.compression import sample_rows
+from pamm_compile.methods.pamm import assign, index_dtype
+from pamm_compile.methods.pamm.compression import sample_rows
 
 _CLIP = 3.0
 _FAR_APART = 1 << 20

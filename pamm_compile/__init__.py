@@ -1,8 +1,6 @@
 """A torch.compile backend that compresses the saved inputs of attention projections (PAMM)."""
 
 from pamm_compile._version import __version__
-from pamm_compile.backend import Backend, backend
-from pamm_compile.compare import Arm, Comparison, compare_memory
 from pamm_compile.errors import (
     InvalidOptionError,
     MeasurementError,
@@ -11,11 +9,13 @@ from pamm_compile.errors import (
     UnsupportedTorchError,
     UnsupportedTrainerError,
 )
-from pamm_compile.explain import explain
-from pamm_compile.graph.match import Reason, register_attention
-from pamm_compile.measure import MemoryUse, SavedStorage, measure_memory
-from pamm_compile.predict import Prediction, predict_saved
+from pamm_compile.inspect.compare import Arm, Comparison, compare_memory
+from pamm_compile.inspect.explain import explain
+from pamm_compile.inspect.measure import MemoryUse, SavedStorage, measure_memory
+from pamm_compile.inspect.predict import Prediction, predict_saved
 from pamm_compile.report import GraphReport, Note, Report, SiteReport
+from pamm_compile.sites.match import Reason, register_attention
+from pamm_compile.torch_backend import Backend, backend
 
 __all__ = [
     "Arm",

@@ -7,8 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pamm_compile.config import Options, unknown_option
 from pamm_compile.errors import InvalidOptionError
+from pamm_compile.options import Options, unknown_option
 
 PREFIX = "PAMM_COMPILE_"
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from pamm_compile import _compat
-from pamm_compile.graph.joint_pass import JointPass
+from pamm_compile.private import inductor
 from pamm_compile.report import GraphReport
+from pamm_compile.sites.joint_pass import JointPass
 
 
 class RecordedReport:
@@ -38,7 +38,7 @@ class RecordedReport:
             )
         text.append(str(torch.is_grad_enabled()))
         digest = hashlib.sha256("\n".join(text).encode()).hexdigest()
-        self._path = Path(_compat.cache_dir()) / "pamm_compile" / f"{digest}.json"
+        self._path = Path(inductor.cache_dir()) / "pamm_compile" / f"{digest}.json"
 
     def settle(self, made: GraphReport | None) -> GraphReport:
         """Keep the report that the pass made, or return the one kept when it last ran."""

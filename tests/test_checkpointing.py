@@ -6,7 +6,8 @@ import functools
 from typing import Any
 
 import torch
-from forms import Attention, _sdpa
+from pamm_testing.forms import Attention, _sdpa
+from pamm_testing.zoo import WIDTH
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import (
@@ -14,10 +15,9 @@ from torch.utils.checkpoint import (
     checkpoint,
     create_selective_checkpoint_contexts,
 )
-from zoo import WIDTH
 
 import pamm_compile
-from pamm_compile.predict import predict_saved
+from pamm_compile.inspect.predict import predict_saved
 
 TOKENS = 1024
 _SAVED = {

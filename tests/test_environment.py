@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from forms import FusedQKV
+from pamm_testing.forms import FusedQKV
+from pamm_testing.zoo import BATCH, LENGTH, WIDTH
 from torch import nn
-from zoo import BATCH, LENGTH, WIDTH
 
 import pamm_compile
-from pamm_compile.config import Options
 from pamm_compile.environment import environment_variables, options_from_environment
+from pamm_compile.options import Options
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_mode_reaches_the_named_backend(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(config_patches)
         return gm.forward
 
-    monkeypatch.setattr("pamm_compile._compat.compile_fx", compile_fx)
+    monkeypatch.setattr("pamm_compile.private._all.compile_fx", compile_fx)
     monkeypatch.setenv("PAMM_COMPILE_BASE", "inductor")
     _run(FusedQKV(), backend="pamm", mode="max-autotune-no-cudagraphs")
     (patches,) = seen

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from forms import Attention, _sdpa
+from pamm_testing.forms import Attention, _sdpa
+from pamm_testing.zoo import BATCH, LENGTH, WIDTH
 from torch import Tensor
-from zoo import BATCH, LENGTH, WIDTH
 
 import pamm_compile
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forms import Attention, _sdpa
+from pamm_testing.forms import Attention, _sdpa
 from torch import nn
 
 import pamm_compile

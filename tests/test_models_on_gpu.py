@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from forms import Attention, _sdpa
+from pamm_testing.forms import Attention, _sdpa
+from pamm_testing.zoo import DECODERS, WIDTH, Case
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
-from zoo import DECODERS, WIDTH, Case
 
 import pamm_compile
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from forms import Attention, _sdpa
-from graphs import step
+from pamm_testing.forms import Attention, _sdpa
+from pamm_testing.graphs import step
+from pamm_testing.zoo import WIDTH
 from torch import Tensor
 from torch._dynamo import compiled_autograd
-from zoo import WIDTH
 
 import pamm_compile
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from pamm_testing.zoo import HEADS, LAYERS, VOCAB, WIDTH, tokens
 from torch import nn
-from zoo import HEADS, LAYERS, VOCAB, WIDTH, tokens
 
-from pamm_compile.backend import Backend
-from pamm_compile.config import Options
+from pamm_compile.options import Options
+from pamm_compile.torch_backend import Backend
 
 
 def _model(layers: int = LAYERS) -> nn.Module:

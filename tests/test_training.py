@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from forms import Attention, _sdpa, split_heads
-from graphs import step
+from pamm_testing.forms import Attention, _sdpa, split_heads
+from pamm_testing.graphs import step
+from pamm_testing.zoo import DECODERS, ENCODERS, HEADS, WIDTH, Case, causal, tokens
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
-from zoo import DECODERS, ENCODERS, HEADS, WIDTH, Case, causal, tokens
 
 import pamm_compile
 

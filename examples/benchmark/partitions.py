@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 import pamm_compile
 from benchmark.arms import ARMS, REFERENCE, Arm, precision, variant
 from benchmark.shapes import Case, make_model
-from pamm_compile.measure import saved_storages
+from pamm_compile.inspect.measure import saved_storages
 
 WEIGHTS = "bfloat16-weights"
 """The dtype of a case whose weights are bfloat16 too."""

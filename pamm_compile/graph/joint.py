@@ -19,7 +19,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from pamm_compile import _compat
+from pamm_compile.private import aot
 
 aten = torch.ops.aten
 
@@ -59,9 +59,9 @@ _TRANSPOSES = {"aten::t", "aten::permute", "aten::transpose"}
 def op_name(node: Node) -> str:
     """Return "namespace::name" of a node's operator, without the overload; "" if it has none."""
     target: Any = node.target
-    if isinstance(target, _compat.OpOverload):
+    if isinstance(target, aot.OpOverload):
         return str(target._schema.name)
-    if isinstance(target, _compat.HigherOrderOperator):
+    if isinstance(target, aot.HigherOrderOperator):
         return f"higher_order::{target.name()}"
     return ""
 
@@ -170,7 +170,7 @@ class JointGraph:
 
     Args:
         graph: what AOTAutograd traced, before partitioning.
-        parameter_names: name of every parameter, by the key that `_compat.input_key` gives its
+        parameter_names: name of every parameter, by the key that `aot.input_key` gives its
             descriptor.
     """
 
@@ -184,7 +184,7 @@ class JointGraph:
     def is_joint(graph: Graph) -> bool:
         """Tell whether a graph has a backward part and the descriptors to read it by."""
         return "desc" in graph.output_node().meta and any(
-            _compat.is_tangent(node.meta.get("desc")) for node in graph.find_nodes(op="placeholder")
+            aot.is_tangent(node.meta.get("desc")) for node in graph.find_nodes(op="placeholder")
         )
 
     @cached_property
@@ -193,7 +193,7 @@ class JointGraph:
         found: set[Node] = set()
         for node in self.nodes:
             if node.op == "placeholder":
-                if _compat.is_tangent(node.meta.get("desc")):
+                if aot.is_tangent(node.meta.get("desc")):
                     found.add(node)
             elif node.op != "output" and any(arg in found for arg in node.all_input_nodes):
                 found.add(node)
@@ -213,7 +213,7 @@ class JointGraph:
         assert isinstance(outputs, list | tuple)
         found = {}
         for desc, out in zip(descs, outputs, strict=True):
-            key = _compat.gradient_key(desc)
+            key = aot.gradient_key(desc)
             # Torch 2.13, unlike 2.11, lists a DTensor's mesh beside its shard, by the same key.
             if key is not None and isinstance(out, Node) and _is_tensor(out):
                 found[key] = out
@@ -224,7 +224,7 @@ class JointGraph:
         """The parameters among the placeholders."""
         found = {}
         for node in self.graph.find_nodes(op="placeholder"):
-            key = _compat.input_key(node.meta.get("desc"))
+            key = aot.input_key(node.meta.get("desc"))
             if key is not None and key in self._names and _is_tensor(node):
                 found[node] = Parameter(node, self._names[key], self._gradients.get(key))
         return found
@@ -237,7 +237,7 @@ class JointGraph:
         return frozenset(
             out
             for desc, out in zip(self.output.meta["desc"], outputs, strict=True)
-            if isinstance(out, Node) and _compat.gradient_key(desc) is None
+            if isinstance(out, Node) and aot.gradient_key(desc) is None
         )
 
     @cached_property
@@ -297,7 +297,7 @@ class JointGraph:
 
     def gradient_of(self, placeholder: Node) -> Node | None:
         """Return the node that the graph returns as the gradient of an input, if it does."""
-        key = _compat.input_key(placeholder.meta.get("desc"))
+        key = aot.input_key(placeholder.meta.get("desc"))
         return None if key is None else self._gradients.get(key)
 
     def gradient_matmuls(self, parameter: Parameter) -> list[Node]:
@@ -368,7 +368,7 @@ def _is_tensor(node: Node) -> bool:
 def _is_pure_call(node: Node) -> bool:
     """Tell whether a call returns the same whenever its arguments are the same."""
     target = node.target
-    if not isinstance(target, _compat.OpOverload):
+    if not isinstance(target, aot.OpOverload):
         return _is_getitem(node)
     random = torch.Tag.nondeterministic_seeded in target.tags
     return not (random or node.is_impure() or "empty" in op_name(node))

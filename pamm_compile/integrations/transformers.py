@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pamm_compile.backend import backend
 from pamm_compile.errors import UnsupportedTrainerError
+from pamm_compile.torch_backend import backend
 
 log = logging.getLogger("pamm_compile")
 

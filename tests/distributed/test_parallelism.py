@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import RankFailedError, launch
+from pamm_testing.distributed.ranks import RankFailedError, launch
 
 
 @pytest.mark.slow

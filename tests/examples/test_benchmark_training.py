@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import EXAMPLES, assert_finite, run
+from pamm_testing.programs import EXAMPLES, assert_finite, run
 
 ARMS = [
     "eager",

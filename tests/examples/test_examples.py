@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import EXAMPLES, TINY, assert_explained, assert_finite, run, start
+from pamm_testing.programs import EXAMPLES, TINY, assert_explained, assert_finite, run, start
 
 
 def test_train(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from programs import assert_explained, run, start
+from pamm_testing.programs import assert_explained, run, start
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = (

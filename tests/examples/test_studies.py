@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from programs import EXAMPLES, run
+from pamm_testing.programs import EXAMPLES, run
 from torch import Tensor
 
-from pamm_compile.ops.compression import Compressed, weight_gradients
+from pamm_compile.methods.pamm.compression import Compressed, weight_gradients
 
 sys.path.append(str(EXAMPLES))
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from programs import TINY, run
+from pamm_testing.programs import TINY, run
 
 pytest.importorskip("accelerate", reason="of the extra [trainers]")
 pytest.importorskip("lightning", reason="of the extra [trainers]")

@@ -11,9 +11,9 @@ import os
 
 import hypothesis.strategies as st
 import pytest
-from fuzz_checks import check
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from spec import (
+from pamm_testing.fuzz.checks import check
+from pamm_testing.fuzz.spec import (
     ATTENTIONS,
     CROSS,
     DTYPES,

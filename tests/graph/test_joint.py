@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pamm_compile import _compat
-from pamm_compile.backend import parameter_names
 from pamm_compile.graph.joint import (
     JointGraph,
     chain_of,
@@ -19,12 +17,14 @@ from pamm_compile.graph.joint import (
     op_name,
     strip_transposes,
 )
+from pamm_compile.private import aot
+from pamm_compile.torch_backend import parameter_names
 
 
 def _trace(function: Callable[..., Tensor], *fakes: Tensor) -> list[Node]:
     with torch._subclasses.FakeTensorMode() as mode:
         inputs = [mode.from_tensor(t) for t in fakes]
-    traced = _compat.make_fx(function)(*inputs)
+    traced = aot.make_fx(function)(*inputs)
     return list(traced.graph.nodes)
 
 
@@ -96,12 +96,12 @@ def _joint(model: nn.Module, *inputs: Tensor) -> JointGraph:
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
         def partition(joint: torch.fx.GraphModule, *args: object, **kwargs: object) -> object:
             found.append(JointGraph(joint.graph, parameter_names(gm)))
-            return _compat.min_cut_rematerialization_partition(joint, *args, **kwargs)
+            return aot.min_cut_rematerialization_partition(joint, *args, **kwargs)
 
-        compiler = _compat.aot_autograd(
-            fw_compiler=_compat.boxed_nop,
-            bw_compiler=_compat.boxed_nop,
-            decompositions=_compat.select_decomp_table(),
+        compiler = aot.aot_autograd(
+            fw_compiler=aot.boxed_nop,
+            bw_compiler=aot.boxed_nop,
+            decompositions=aot.select_decomp_table(),
             partition_fn=partition,
         )
         return compiler(gm, example_inputs)
@@ -161,5 +161,5 @@ def test_equal_calls_are_one_value_unless_random() -> None:
 
 
 def test_an_inference_graph_is_not_joint() -> None:
-    traced = _compat.make_fx(lambda x: x @ x)(torch.randn(3, 3))
+    traced = aot.make_fx(lambda x: x @ x)(torch.randn(3, 3))
     assert not JointGraph.is_joint(traced.graph)

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 pytest.importorskip("accelerate", reason="the Trainer needs it")
 
 import transformers as hf
-from zoo import HEADS, LAYERS, VOCAB, WIDTH
+from pamm_testing.zoo import HEADS, LAYERS, VOCAB, WIDTH
 
 import pamm_compile
 from pamm_compile.integrations.transformers import PammCallback

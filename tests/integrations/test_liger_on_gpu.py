@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as hf
-from zoo import LAYERS, causal
+from pamm_testing.zoo import LAYERS, causal
 
 import pamm_compile
 

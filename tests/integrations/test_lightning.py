@@ -12,9 +12,9 @@ pytest.importorskip("lightning", reason="of the extra [trainers]")
 
 import lightning
 import transformers as hf
+from pamm_testing.zoo import HEADS, LAYERS, VOCAB, WIDTH
 from torch import Tensor
 from torch.utils.data import DataLoader
-from zoo import HEADS, LAYERS, VOCAB, WIDTH
 
 import pamm_compile
 

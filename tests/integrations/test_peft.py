@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from graphs import Run, step
+from pamm_testing.graphs import Run, step
 
 pytest.importorskip("peft", reason="of the extra [trainers]")
 
 import peft
 import transformers as hf
-from zoo import HEADS, LAYERS, VOCAB, WIDTH, causal
+from pamm_testing.zoo import HEADS, LAYERS, VOCAB, WIDTH, causal
 
 import pamm_compile
 

@@ -30,7 +30,7 @@ def _soak(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
         "PYTHONPATH": str(Path(pamm_compile.__file__).parents[1]),
     }
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("soak.py")), *arguments],
+        [sys.executable, str(Path(__file__).parents[1] / "pamm_testing" / "soak.py"), *arguments],
         env=environment, capture_output=True, text=True, check=False, timeout=1200,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,177 @@
+"""`pamm::assign` as one Triton template.
+
+A program takes a tile of tokens, goes over the generators tile by tile and keeps the best of each
+row. X is read once for k ≤ 256, and through the L2 cache once more for every further 256.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from pamm_compile.methods.pamm import eager, operators
+from pamm_compile.methods.pamm.triton import common
+from pamm_compile.methods.pamm.triton.common import Device, Tile
+from pamm_compile.private import inductor
+
+_MOST_GENERATORS = 256
+
+_TEMPLATE = r"""
+{{def_kernel(*ARGUMENTS)}}
+    row = tl.program_id(0).to(INDEX_DTYPE) * BLOCK_B + tl.arange(0, BLOCK_B).to(INDEX_DTYPE)
+    index, scale, cosine = pamm_assign_tile(
+        X, C, INVERSE, row, {{size("X", 0)}}, {{size("C", 0)}}, {{size("X", 1)}},
+        {{stride("X", 0)}}, {{stride("X", 1)}}, {{stride("C", 0)}}, {{stride("C", 1)}},
+        BLOCK_B, BLOCK_K, BLOCK_N, EVEN_N, WITH_NORM, PRECISION,
+    )
+    live = row < {{size("X", 0)}}
+    tl.store(SCALE + row, scale.to(SCALE.dtype.element_ty), mask=live)
+    STORE_COSINE
+    {{store_output(("row",), "index", "live", val_shape=("BLOCK_B",))}}
+"""
+
+
+def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
+    """Return the tile sizes to assign with, the one to take untimed first.
+
+    Args:
+        k: generators.
+        n: features.
+        dtype: of X.
+        device: the limits.
+
+    Returns:
+        At least one: rows are tokens, columns generators, depth features.
+    """
+    itemsize = dtype.itemsize
+    columns = common.power_of_two(k, 16, _MOST_GENERATORS)
+    depth = common.power_of_two(n, 16, 64 if itemsize == 2 else 32)
+    if itemsize > 2:
+        narrow = min(columns, 64)
+        wanted = [Tile(64, narrow, depth, 8, 2), Tile(32, narrow, depth, 4, 2)]
+    elif columns == 256:
+        wanted = [
+            Tile(64, 256, depth, 8, 3),
+            Tile(64, 256, depth, 8, 4),
+            Tile(128, 128, depth, 8, 3),
+            Tile(64, 128, depth, 4, 3),
+        ]
+    else:
+        wanted = [
+            Tile(128, columns, depth, 8, 3),
+            Tile(128, columns, depth, 8, 4),
+            Tile(64, columns, depth, 4, 3),
+            Tile(64, columns, depth, 4, 4),
+        ]
+    spare = [Tile(64, min(columns, most), depth, 4, 2) for most in (128, 64)]
+    for ways in (wanted, spare):
+        fitting = [t for t in ways if t.fits(device, itemsize, (t.rows + t.columns) * t.depth)]
+        if fitting:
+            return fitting
+    return [Tile(32, min(columns, 32), min(depth, 32), 4, 2)]
+
+
+@functools.cache
+def _template(with_norm: bool) -> Any:
+    arguments = ["X", "C", "INVERSE", "SCALE"] + ["COSINE"] * with_norm
+    source = _TEMPLATE.replace("*ARGUMENTS", ", ".join(f'"{name}"' for name in arguments))
+    store = "tl.store(COSINE + row, cosine, mask=live)" if with_norm else ""
+    source = source.replace("STORE_COSINE", store)
+    return inductor.TritonTemplate(
+        name="pamm_assign_with_cosine" if with_norm else "pamm_assign",
+        grid=inductor.SymbolicGridFn(_grid),
+        source=source + common.tile_source(("pamm_dots", "pamm_assign_tile")),
+    )
+
+
+def _grid(b: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, Any, Any]:
+    return (cdiv(b, meta["BLOCK_B"]), 1, 1)
+
+
+def _inverse_norms(generators: Any) -> Any:
+    """1/‖C_j‖; 0 for a zero generator, -1 for one whose norm is not finite.
+
+    Left to Inductor, which computes it where it gathers the generators.
+    """
+    aten, lower = torch.ops.aten, inductor.aten_lowering
+    wide = inductor.to_dtype(generators, torch.float32)
+    squares = lower(aten.sum.dim_IntList)(lower(aten.mul.Tensor)(wide, wide), [1])
+    inverse = lower(aten.rsqrt.default)(squares)
+    infinite = float("inf")
+    # The GPU's rsqrt gives ∞ for zero and, rounding them to zero, for subnormal numbers.
+    inverse = lower(aten.where.self)(lower(aten.lt.Scalar)(inverse, infinite), inverse, 0.0)
+    finite = lower(aten.lt.Scalar)(squares, infinite)
+    return lower(aten.where.self)(finite, inverse, -1.0)
+
+
+def _eager(x, generators, inverse, scale, cosine=None, *, out):  # type: ignore[no-untyped-def]
+    # Only timed, against the templates; where it wins, the operator itself is called instead.
+    index, alpha, cos = eager.assign(x, generators, out.dtype)
+    out.copy_(index)
+    scale.copy_(alpha)
+    if cosine is not None:
+        cosine.copy_(cos)
+    return out
+
+
+@functools.cache
+def _eager_choice() -> Any:
+    return inductor.ExternKernelChoice(_eager, name="pamm_assign_eager")
+
+
+def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """Lower `pamm::assign` inside Inductor.
+
+    Args:
+        x: Inductor node, [b, n].
+        generators: Inductor node, [k, n].
+        index_dtype: integer dtype that holds k - 1.
+
+    Returns:
+        Nodes of index, scale and cosine.
+    """
+    call = inductor.fallback_handler(operators.assign, add_to_fallback_set=False)
+    dtype, device = x.get_dtype(), x.get_device()
+    if not inductor.is_triton_device(device) or dtype not in common.TRITON_DTYPES:
+        return tuple(call(x, generators, index_dtype))
+
+    x, generators = inductor.realized(x), inductor.realized(generators)
+    (b, n), k = x.get_size(), generators.get_size()[0]
+    with_norm = inductor.has_reader(2)
+    empty = functools.partial(inductor.empty_strided, [b], None, device=device)
+    scale = empty(dtype=dtype)
+    cosine = empty(dtype=torch.float32)
+    written = [scale, cosine] if with_norm else [scale]
+    inputs = [x, generators, inductor.realized(_inverse_norms(generators)), *written]
+    layout = inductor.FixedLayout(device, index_dtype, [b], [1])
+
+    several = inductor.is_max_autotune()
+    limits = common.device_of(device)
+    ways = tiles(inductor.expression_hint(k, 128), inductor.expression_hint(n, 1024), dtype, limits)
+    choices: list[Any] = []
+    for tile in ways if several else ways[:1]:
+        _template(with_norm).maybe_append_choice(
+            choices,
+            input_nodes=inputs,
+            layout=layout,
+            mutated_inputs=written,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **common.constants(
+                BLOCK_B=tile.rows,
+                BLOCK_K=tile.columns,
+                BLOCK_N=tile.depth,
+                EVEN_N=inductor.is_divisible(n, tile.depth),
+                WITH_NORM=with_norm,
+                PRECISION=common.float32_precision(),
+            ),
+            ACC_TYPE="tl.int32",
+        )
+    if several:
+        _eager_choice().maybe_append_choice(choices, input_nodes=inputs, layout=layout)
+    index = inductor.select_choice("pamm_assign", choices, inputs, layout, {})
+    if not inductor.is_template_output(index):
+        return tuple(call(x, generators, index_dtype))
+    return index, scale, cosine

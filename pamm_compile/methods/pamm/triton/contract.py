@@ -1,0 +1,291 @@
+"""`pamm::contract` as one Triton template over all gradients of a site, and a sum over its splits.
+
+A program takes a tile of one gradient's columns, a tile of generators and a share of the tokens,
+and multiplies by the one-hot matrix of the assignment. Partial sums are fp32 and are added in a
+fixed order by Inductor, so that nothing is atomic and every run gives the same bits.
+
+Past `MOST_ONE_HOT` generators, where the zeros would cost more than the memory traffic, tokens are
+sorted by generator first, and a program visits only those of its own generators.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pamm_compile.methods.pamm import eager, operators
+from pamm_compile.methods.pamm.triton import common
+from pamm_compile.methods.pamm.triton.common import Device, Tile
+from pamm_compile.private import inductor
+
+MOST_ONE_HOT = 256
+"""Generators up to which every program reads every token."""
+
+_MOST_SPLITS = 16
+# Partial sums may cost, written and read, this share of reading the gradients.
+_PARTIAL_SHARE = 4
+
+
+def tiles(k: int, dtype: torch.dtype, device: Device) -> list[Tile]:
+    """Return the tile sizes to contract with, the one to take untimed first.
+
+    Args:
+        k: generators.
+        dtype: that is multiplied in.
+        device: the limits.
+
+    Returns:
+        At least one: rows are columns of the gradients, columns generators, depth tokens.
+    """
+    itemsize = dtype.itemsize
+    if itemsize > 2:
+        columns = common.power_of_two(k, 16, 64)
+        wanted = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2)]
+    elif k > MOST_ONE_HOT:
+        wanted = [Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 4), Tile(128, 128, 64, 8, 3)]
+    else:
+        columns = common.power_of_two(k, 16, MOST_ONE_HOT)
+        wanted = {
+            256: [Tile(64, 256, 32, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)],
+            128: [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4)],
+        }.get(
+            columns,
+            [
+                Tile(128, columns, 64, 8, 4),
+                Tile(128, columns, 64, 4, 3),
+                Tile(256, columns, 64, 8, 3),
+                Tile(64, columns, 64, 4, 4),
+            ],
+        )
+    smallest = Tile(32, min(wanted[0].columns, 32), 32, 4, 2)
+    fitting = [
+        t for t in wanted if t.fits(device, itemsize, t.rows * t.depth) and _holds(t, device)
+    ]
+    return fitting or [smallest]
+
+
+def _holds(tile: Tile, device: Device) -> bool:
+    # The accumulator passes through shared memory where it is transposed on the way out.
+    return 4 * tile.rows * tile.columns <= device.shared_bytes
+
+
+def splits(tokens: int, widths: Sequence[int], k: int, itemsize: int, tile: Tile, d: Device) -> int:
+    """Return how many shares the tokens are cut into, so that all multiprocessors have work.
+
+    Args:
+        tokens: b.
+        widths: columns of each gradient.
+        k: generators.
+        itemsize: bytes of a gradient's element.
+        tile: as cut.
+        d: the limits.
+
+    Returns:
+        In [1, 16].
+    """
+    programs = sum(-(-m // tile.rows) for m in widths) * -(-k // tile.columns)
+    resident = max(1, min(3, d.shared_bytes // (tile.stages * tile.rows * tile.depth * itemsize)))
+    wanted = d.processors * resident // max(1, programs)
+    affordable = tokens * itemsize // (8 * k * _PARTIAL_SHARE)
+    worthwhile = tokens // (8 * tile.depth)
+    return max(1, min(wanted, affordable, worthwhile, _MOST_SPLITS))
+
+
+def _source(num_grads: int, is_sorted: bool) -> str:
+    """The template: selects pick the gradient that a program works on, so one loop serves all."""
+    names = [f"G{p}" for p in range(num_grads)]
+    vectors = ["INDEX", "SCALE"] + ["ORDER", "OFFSETS"] * is_sorted
+    lines = [
+        "{{def_kernel(" + ", ".join(f'"{name}"' for name in [*vectors, *names]) + ")}}",
+        *([] if is_sorted else ["    ORDER = INDEX", "    OFFSETS = INDEX"]),
+        "    k = {{size(None, 2)}}",
+        "    k_tiles = tl.cdiv(k, BLOCK_K)",
+        "    split = tl.program_id(1)",
+        "    k_tile = tl.program_id(0) % k_tiles",
+        "    m_tile = tl.program_id(0) // k_tiles",
+        "    start, stop = pamm_span(",
+        '        {{size("G0", 0)}}, k, k_tile, split, OFFSETS, SPLITS, BLOCK_K, BLOCK_T, SORTED',
+        "    )",
+        "    grad = G0",
+        '    width = {{size("G0", 1)}}',
+        '    grad_row = {{stride("G0", 0)}}',
+        '    grad_column = {{stride("G0", 1)}}',
+        "    first_tile = 0",
+        "    first_column = 0",
+        "    next_tile = tl.cdiv(width, BLOCK_M)",
+        "    next_column = width",
+    ]
+    for name in names[1:]:
+        lines += [
+            "    here = m_tile >= next_tile",
+            f"    grad = tl.where(here, {name}, grad)",
+            "    first_tile = tl.where(here, next_tile, first_tile)",
+            "    first_column = tl.where(here, next_column, first_column)",
+            f'    width = tl.where(here, {{{{size("{name}", 1)}}}}, width)',
+            f'    next_tile += tl.cdiv({{{{size("{name}", 1)}}}}, BLOCK_M)',
+            f'    next_column += {{{{size("{name}", 1)}}}}',
+        ]
+        for stride, at in (("grad_row", 0), ("grad_column", 1)):
+            here = f'{{{{stride("{name}", {at})}}}}'
+            # Where they agree, the stride stays a number that the compiler knows.
+            lines += [
+                f'    {{% if stride("{name}", {at}) != stride("G0", {at}) %}}',
+                f"    {stride} = tl.where(here, {here}, {stride})",
+                "    {% endif %}",
+            ]
+    lines += [
+        "    column = (m_tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)",
+        "    column = column.to(INDEX_DTYPE)",
+        "    generator = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)",
+        "    acc = pamm_contract_tile(",
+        "        INDEX, SCALE, ORDER, grad, start, stop, generator, column, width,",
+        "        grad_row, grad_column, BLOCK_K, BLOCK_M, BLOCK_T, EVEN_M, SORTED, WIDE,",
+        "        GRAD_LEFT, PRECISION,",
+        "    )",
+        "    live = (column < width)[:, None] & (generator < k)[None, :]",
+        "    out_split = split.to(INDEX_DTYPE)",
+        "    out_column = (first_column + column)[:, None]",
+        "    out_generator = generator.to(INDEX_DTYPE)[None, :]",
+        '    {{store_output(("out_split", "out_column", "out_generator"), "acc", "live",'
+        ' val_shape=("BLOCK_M", "BLOCK_K"))}}',
+    ]
+    helpers = ("pamm_codes", "pamm_contract_tile", "pamm_span")
+    return "\n".join(lines) + "\n" + common.tile_source(helpers)
+
+
+def _grid(k: Any, *rest: Any, cdiv: Any) -> tuple[Any, Any, Any]:
+    *widths, meta = rest
+    column_tiles = sum(cdiv(m, meta["BLOCK_M"]) for m in widths)
+    return (column_tiles * cdiv(k, meta["BLOCK_K"]), meta["SPLITS"], 1)
+
+
+@functools.cache
+def _template(num_grads: int, is_sorted: bool) -> Any:
+    return inductor.TritonTemplate(
+        name=f"pamm_contract_{num_grads}" + "_sorted" * is_sorted,
+        grid=inductor.SymbolicGridFn(_grid),
+        source=_source(num_grads, is_sorted),
+    )
+
+
+def _eager(index, scale, *rest, out):  # type: ignore[no-untyped-def]
+    # Only timed, against the templates; where it wins, the operator itself is called instead.
+    grads = [tensor for tensor in rest if tensor.dim() == 2]
+    out[0].copy_(eager.contract(index, scale, grads, out.shape[2]).T)
+    return out
+
+
+@functools.cache
+def _eager_choice() -> Any:
+    return inductor.ExternKernelChoice(_eager, name="pamm_contract_eager")
+
+
+def _sorted(index: Any, k: Any) -> tuple[Any, Any, Any]:
+    """Sorted index, the tokens in that order, and where each generator's tokens start."""
+    aten, lower = torch.ops.aten, inductor.aten_lowering
+    device = index.get_device()
+    values, order = lower(aten.sort.stable)(index, stable=True, dim=0, descending=False)
+    ends = lower(torch.ops.prims.iota.default)(
+        k + 1, start=0, step=1, dtype=torch.int32, device=device, requires_grad=False
+    )
+    wide = inductor.to_dtype(values, torch.int32)
+    return wide, order, lower(aten.searchsorted.Tensor)(wide, ends, out_int32=True)
+
+
+def _example(dtype: torch.dtype, fill: Any) -> Any:
+    """What to time with for an input that is an index: `fill` takes its length and device."""
+
+    def generate(node: Any) -> torch.Tensor:
+        length = inductor.expression_hint(node.get_size()[0], 16384)
+        values: torch.Tensor = fill(length, node.get_device())
+        return values.to(dtype)
+
+    return generate
+
+
+def _examples(dtype: torch.dtype, b: int, k: int, is_sorted: bool) -> dict[int, Any]:
+    """Indices to time with, as random integers would point outside of the tensors."""
+    even = _example(dtype, lambda rows, device: torch.arange(rows, device=device) * k // rows)
+    if not is_sorted:
+        return {0: even}
+    order = _example(torch.int64, lambda rows, device: torch.arange(rows, device=device))
+    starts = _example(torch.int32, lambda ends, device: torch.arange(ends, device=device) * b // k)
+    return {0: even, 2: order, 3: starts}
+
+
+def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> Any:
+    """Lower `pamm::contract` inside Inductor.
+
+    Args:
+        index: Inductor node, [b].
+        scale: Inductor node, [b].
+        grads: Inductor nodes, [b, m_p] each.
+        num_generators: k, int or sympy expression.
+
+    Returns:
+        Node of [k, Σ m_p].
+    """
+    aten, lowering = torch.ops.aten, inductor.aten_lowering
+    device, dtypes = index.get_device(), {scale.get_dtype(), grads[0].get_dtype()}
+    call = inductor.fallback_handler(operators.contract, add_to_fallback_set=False)
+    if not inductor.is_triton_device(device) or not dtypes <= common.TRITON_DTYPES:
+        return call(index, scale, grads, num_generators)
+
+    k, limits = num_generators, common.device_of(device)
+    b = grads[0].get_size()[0]
+    widths = [grad.get_size()[1] for grad in grads]
+    k_hint, b_hint = inductor.expression_hint(k, 128), inductor.expression_hint(b, 16384)
+    product = grads[0].get_dtype() if len(dtypes) == 1 else torch.float32
+    ways = tiles(k_hint, product, limits)
+    several = inductor.is_max_autotune()
+    shares = splits(
+        b_hint,
+        [inductor.expression_hint(m, 1024) for m in widths],
+        k_hint,
+        grads[0].get_dtype().itemsize,
+        ways[0],
+        limits,
+    )
+    is_sorted = k_hint > MOST_ONE_HOT
+    key, *sorting = _sorted(index, k) if is_sorted else (index,)
+    nodes = [inductor.realized(n, dense=True) for n in (key, scale, *sorting)]
+    nodes += [inductor.realized(grad) for grad in grads]
+    size = [shares, sum(widths), k]
+    layout = inductor.FixedLayout(device, torch.float32, size, [size[1] * k, k, 1])
+
+    choices: list[Any] = []
+    for tile in ways if several else ways[:1]:
+        _template(len(grads), is_sorted).maybe_append_choice(
+            choices,
+            input_nodes=nodes,
+            layout=layout,
+            call_sizes=[k, *widths],
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            **common.constants(
+                SPLITS=shares,
+                BLOCK_M=tile.rows,
+                BLOCK_K=tile.columns,
+                BLOCK_T=tile.depth,
+                EVEN_M=all(inductor.is_divisible(m, tile.rows) for m in widths),
+                SORTED=is_sorted,
+                WIDE=product == torch.float32,
+                GRAD_LEFT=product.itemsize == 2 and limits.reads_left_from_shared,
+                PRECISION=common.float32_precision(),
+            ),
+            ACC_TYPE="tl.float32",
+        )
+    if several:
+        _eager_choice().maybe_append_choice(choices, input_nodes=nodes, layout=layout)
+    examples = _examples(key.get_dtype(), b_hint, k_hint, is_sorted)
+    partial = inductor.select_choice("pamm_contract", choices, nodes, layout, examples)
+    if not inductor.is_template_output(partial):
+        return call(index, scale, grads, num_generators)
+    if shares == 1:
+        total = lowering(aten.select.int)(partial, 0, 0)
+    else:
+        total = lowering(aten.sum.dim_IntList)(partial, [0])
+    return lowering(aten.permute.default)(total, [1, 0])

@@ -1,0 +1,130 @@
+"""Graphs: what AOTAutograd and Dynamo say of inputs and outputs, tracing, partitioning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy
+
+from pamm_compile.private.symbols import resolve
+
+aot_autograd: Any = resolve("torch._dynamo.backends.common:aot_autograd")
+boxed_nop: Any = resolve("torch._dynamo.backends.debugging:boxed_nop")
+min_cut_rematerialization_partition: Any = resolve(
+    "torch._functorch.partitioners:min_cut_rematerialization_partition"
+)
+select_decomp_table: Any = resolve("torch._inductor.compile_fx:select_decomp_table")
+stable_topological_sort: Any = resolve("torch._inductor.pattern_matcher:stable_topological_sort")
+make_fx: Any = resolve("torch.fx.experimental.proxy_tensor:make_fx")
+HigherOrderOperator: Any = resolve("torch._ops:HigherOrderOperator")
+OpOverload: Any = resolve("torch._ops:OpOverload")
+functorch_config: Any = resolve("torch._functorch:config")
+
+MUST_SAVE = CheckpointPolicy.MUST_SAVE
+
+_detect_fake_mode: Any = resolve("torch._guards:detect_fake_mode")
+_enable_python_dispatcher: Any = resolve("torch._dispatch.python:enable_python_dispatcher")
+
+_GradAOTOutput: Any = resolve("torch._functorch._aot_autograd.descriptors:GradAOTOutput")
+_ParamAOTInput: Any = resolve("torch._functorch._aot_autograd.descriptors:ParamAOTInput")
+_PlainAOTInput: Any = resolve("torch._functorch._aot_autograd.descriptors:PlainAOTInput")
+_SubclassGetAttrAOTInput: Any = resolve(
+    "torch._functorch._aot_autograd.descriptors:SubclassGetAttrAOTInput"
+)
+_SubclassGetAttrAOTOutput: Any = resolve(
+    "torch._functorch._aot_autograd.descriptors:SubclassGetAttrAOTOutput"
+)
+_TangentAOTInput: Any = resolve("torch._functorch._aot_autograd.descriptors:TangentAOTInput")
+
+
+def input_key(desc: object) -> str | None:
+    """Return a stable name for an input descriptor; None for inputs that no user passed.
+
+    The inner tensor of a subclass (the local shard of a DTensor, say) has its outer tensor's key.
+    """
+    if isinstance(desc, _SubclassGetAttrAOTInput):
+        return input_key(desc.base)
+    if isinstance(desc, _PlainAOTInput):
+        return plain_input_key(desc.idx)
+    if isinstance(desc, _ParamAOTInput):
+        return f"parameter:{desc.target}"
+    return None
+
+
+def plain_input_key(position: int) -> str:
+    """Return the key of the input at a position of Dynamo's graph."""
+    return f"input:{position}"
+
+
+def gradient_key(desc: object) -> str | None:
+    """Return the key of the input that an output is the gradient of; None for other outputs."""
+    if isinstance(desc, _SubclassGetAttrAOTOutput):
+        return gradient_key(desc.base)
+    if isinstance(desc, _GradAOTOutput):
+        return input_key(desc.grad_of)
+    return None
+
+
+def is_tangent(desc: object) -> bool:
+    """Tell whether an input descriptor is that of an output's gradient."""
+    if isinstance(desc, _SubclassGetAttrAOTInput):
+        return is_tangent(desc.base)
+    return isinstance(desc, _TangentAOTInput)
+
+
+def dynamo_inputs(gm: torch.fx.GraphModule) -> list[tuple[object, str]]:
+    """Return what Dynamo knows of the inputs of a graph it captured.
+
+    Args:
+        gm: as handed to a backend.
+
+    Returns:
+        Per placeholder, the real value (None if unknown) and the Python expression it came from
+        ("" if unknown), such as "L['self'].model.layers[0].self_attn.q_proj.weight".
+    """
+    found: list[tuple[object, str]] = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        grapharg = node.meta.get("grapharg")
+        source = getattr(grapharg, "source", None)
+        example = getattr(grapharg, "example", None)
+        found.append((example, "" if source is None else str(source.name)))
+    return found
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """Return a size, or for a symbolic one the value that was compiled with, adding no guard."""
+    if isinstance(size, int):
+        return size
+    return int(size.node.hint)
+
+
+def is_recomputed(policy: object) -> bool:
+    """Tell whether a node's checkpointing policy asks for recomputation."""
+    return policy in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+
+
+def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> torch.fx.GraphModule:
+    """Trace a function with Inductor's decompositions, on fake tensors that already exist.
+
+    Args:
+        function: takes and returns tensors.
+        fakes: fake tensors of one mode; their symbolic sizes stay symbolic.
+
+    Returns:
+        The trace, `meta["val"]` set on every node.
+    """
+    mode = _detect_fake_mode(fakes)
+    with mode, _enable_python_dispatcher():
+        tracer = make_fx(function, select_decomp_table(), tracing_mode="real")
+        traced: torch.fx.GraphModule = tracer(*fakes)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def without_autograd_cache() -> AbstractContextManager[None]:
+    """Return a context in which AOTAutograd traces every graph, so that our pass runs."""
+    context: AbstractContextManager[None] = functorch_config.patch(enable_autograd_cache=False)
+    return context

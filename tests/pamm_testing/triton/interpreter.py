@@ -1,0 +1,147 @@
+"""Runs in a process of its own, with Triton interpreting: the kernels on CPU tensors.
+
+Nothing here imports Triton before `prepare` has chosen the interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def prepare() -> None:
+    """Make this process interpret Triton."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    torch.set_num_threads(1)
+
+
+def assign(
+    x: Tensor,
+    generators: Tensor,
+    index_dtype: torch.dtype,
+    tile: tuple[int, int, int],
+    with_norm: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the template of `pamm::assign` computes, through the plain kernel."""
+    from pamm_testing.triton import launch
+
+    (b, n), k = x.shape, generators.shape[0]
+    rows, columns, depth = tile
+    squares = generators.float().square().sum(1)
+    inverse = torch.where(squares > 0, squares.rsqrt(), 0.0)
+    inverse = torch.where(squares < float("inf"), inverse, -1.0)
+    index = torch.full((b,), 77, dtype=index_dtype)
+    scale, cosine = torch.full((b,), 77.0, dtype=x.dtype), torch.full((b,), 77.0)
+    launch.assign_kernel[(-(-b // rows),)](
+        *(x, generators, inverse, index, scale, cosine, b, k, n),
+        *(x.stride(0), x.stride(1), generators.stride(0), generators.stride(1)),
+        BLOCK_B=rows,
+        BLOCK_K=columns,
+        BLOCK_N=depth,
+        EVEN_N=n % depth == 0,
+        WITH_NORM=with_norm,
+        PRECISION="ieee",
+    )
+    return index, scale, cosine
+
+
+def contract(
+    index: Tensor,
+    scale: Tensor,
+    grad: Tensor,
+    k: int,
+    tile: tuple[int, int, int],
+    splits: int,
+    is_sorted: bool,
+    grad_left: bool,
+) -> Tensor:
+    """What the template of `pamm::contract` computes for one gradient, through the plain kernel."""
+    from pamm_testing.triton import launch
+
+    b, m = grad.shape
+    rows, columns, depth = tile
+    key, order = torch.sort(index, stable=True) if is_sorted else (index, index)
+    offsets = torch.searchsorted(key.int(), torch.arange(k + 1, dtype=torch.int32))
+    partial = torch.full((splits, m, k), 77.0)
+    launch.contract_kernel[(-(-m // rows) * -(-k // columns), splits)](
+        *(key, scale, order, offsets, grad, partial, b, k, m, grad.stride(0), grad.stride(1)),
+        SPLITS=splits,
+        BLOCK_K=columns,
+        BLOCK_M=rows,
+        BLOCK_T=depth,
+        EVEN_M=m % rows == 0,
+        SORTED=is_sorted,
+        WIDE=scale.dtype != grad.dtype or grad.dtype == torch.float32,
+        GRAD_LEFT=grad_left,
+        PRECISION="ieee",
+    )
+    return partial.sum(0).T
+
+
+class _Kernel:
+    """One kernel of a generated wrapper, run by the interpreter with small blocks."""
+
+    def __init__(self, name: str, source: str) -> None:
+        from torch._inductor.codecache import PyCodeCache
+
+        source = re.sub(r"@triton_heuristics\.\w+\(.*?\n\)\n(?=@triton)", "", source, flags=re.S)
+        source = source.replace("triton_helpers.set_driver_to_gpu()\n", "")
+        # The interpreter has no libdevice.
+        source = source.replace("libdevice.rsqrt", "tl.rsqrt")
+        self.fn = getattr(PyCodeCache.load(source), name)
+        head = source[source.index(f"def {name}(") : source.index("):")]
+        names = re.findall(r"(\w+)(?: ?: tl\.constexpr)?(?:,|$)", head.split("(", 1)[1])
+        self.places = {argument: place for place, argument in enumerate(names)}
+        self.blocks = {
+            argument: 64 if argument == "R0_BLOCK" else 16
+            for argument in re.findall(r"(\w+) ?: tl\.constexpr", head)
+        }
+
+    def run(self, *args: Any, stream: object) -> None:
+        del stream
+        if not self.blocks:
+            *args, x, y, z = args  # type: ignore[assignment]
+            self.fn[(x, y, z)](*args)
+            return
+        sizes = [args[self.places[n]] for n in ("xnumel", "ynumel") if n in self.places]
+        self.fn[tuple(-(-size // 16) for size in sizes)](*args, **self.blocks)
+
+
+def run_wrapper(code: str, inputs: list[Tensor]) -> list[Tensor]:
+    """Run a wrapper that Inductor made for a GPU on the CPU, its Triton kernels interpreted.
+
+    Args:
+        code: of the wrapper.
+        inputs: CPU tensors of the shapes and strides it was made for.
+
+    Returns:
+        What the wrapper returns.
+    """
+    import pamm_compile.methods.pamm  # noqa: F401  # the wrapper may call the operators
+
+    compiler = ModuleType("compiler")
+    compiler.triton = lambda name, source, device_str: _Kernel(name, source)  # type: ignore[attr-defined]
+    compiler.wait = lambda scope: None  # type: ignore[attr-defined]
+    code = code.replace("from torch._C import _cuda_getCurrentRawStream as get_raw_stream", "")
+    code = code.replace("async_compile = AsyncCompile()", "")
+    code = code.replace("with torch.cuda._DeviceGuard(0):", "with contextlib.nullcontext():")
+    code = code.replace("torch.cuda.set_device(0)", "pass")
+    code = code.replace("guards._empty_strided_cuda", "guards._empty_strided_cpu")
+    code = code.replace("device='cuda:0'", "device='cpu'")
+    scope: dict[str, Any] = {
+        "__name__": "wrapper",
+        "contextlib": contextlib,
+        "async_compile": compiler,
+        "get_raw_stream": lambda index: index,
+    }
+    exec(code, scope)
+    return list(scope["call"](list(inputs)))
