@@ -123,7 +123,7 @@ def test_a_mode_reaches_the_named_backend(monkeypatch: pytest.MonkeyPatch) -> No
         seen.append(config_patches)
         return gm.forward
 
-    monkeypatch.setattr("pamm_compile.private._all.compile_fx", compile_fx)
+    monkeypatch.setattr("pamm_compile.private.inductor.compile_fx", compile_fx)
     monkeypatch.setenv("PAMM_COMPILE_BASE", "inductor")
     _run(FusedQKV(), backend="pamm", mode="max-autotune-no-cudagraphs")
     (patches,) = seen

@@ -65,8 +65,8 @@ def test_nothing_is_said_unasked() -> None:
 
 def test_torch_logs_and_traces(tmp_path: Path) -> None:
     stderr = _stderr(TORCH_LOGS="+pamm_compile", TORCH_TRACE=str(tmp_path))
-    lines = [line for line in stderr.splitlines() if "pamm_compile/backend.py" in line]
-    assert re.match(r"^I\d+ \S+ \d+ \S*pamm_compile/backend\.py:\d+\] \[0/0\] ", lines[0])
+    lines = [line for line in stderr.splitlines() if "pamm_compile/torch_backend.py" in line]
+    assert re.match(r"^I\d+ \S+ \d+ \S*pamm_compile/torch_backend\.py:\d+\] \[0/0\] ", lines[0])
     assert lines[0].endswith(_SUMMARY)
     # With a plus, the whole table as well.
     assert all(line.startswith("V") for line in lines[1:])

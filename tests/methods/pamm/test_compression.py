@@ -3,11 +3,11 @@
 import math
 from fractions import Fraction
 
-import naive_pamm as naive
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from pamm_testing import naive_pamm as naive
 from torch import Tensor
 
 from pamm_compile.methods.pamm import assign, contract

@@ -2,11 +2,11 @@
 
 import math
 
-import naive_pamm as naive
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pamm_testing import naive_pamm as naive
 from torch import Tensor
 
 from pamm_compile.methods.pamm import assign, contract, eager

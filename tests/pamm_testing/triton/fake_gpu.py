@@ -201,7 +201,7 @@ def recording(**settings: Any) -> Iterator[Generated]:
 
     inductor = functools.partial(compile_fx, inner_compile=inner)
     with (
-        mock.patch("pamm_compile.private._all.compile_fx", inductor),
+        mock.patch("pamm_compile.private.inductor.compile_fx", inductor),
         torch._functorch.config.patch(enable_autograd_cache=False),
         config.patch(force_disable_caches=True),
     ):

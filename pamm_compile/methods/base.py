@@ -1,0 +1,121 @@
+"""What a method is: how an input of projections is stored, and weight gradients are made from it.
+
+A method is plain PyTorch. It never sees a graph: the pass traces `store` into the forward pass and
+`weight_gradients` into the backward pass, for whatever it finds.
+
+    forward:   X ── store(X, seed, outputs) ── stored                         saved, in place of X
+    backward:  stored, [dZ_1 … dZ_p] ── weight_gradients ── [dW_1 … dW_p]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of one site, of symbolic shapes those that were compiled with."""
+
+    tokens: int
+    """b, rows of X."""
+    features: int
+    """n, columns of X."""
+    outputs: tuple[int, ...]
+    """m_p, columns of each projection's output whose weight gradient is made."""
+    dtype: torch.dtype
+    """Of X."""
+    symbolic: bool = False
+    """Whether `tokens` varies from call to call of the compiled graph."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of X."""
+        return self.tokens * self.features * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method computes and moves for one site and one step, beyond the forward matmuls."""
+
+    flops: int
+    """Floating-point operations, a multiply-add counted as two."""
+    bytes: int
+    """Bytes read and written in main memory."""
+    launches: int
+    """Kernels, where each runs for itself."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches
+        )
+
+
+@runtime_checkable
+class Method(Protocol):
+    """How an input X [b, n] is stored, and its weight gradients are made.
+
+    Frozen dataclasses of plain values make good methods: what is traced may depend on nothing but
+    their fields and the arguments.
+    """
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that changes what is traced, as text; part of every cache key."""
+        ...
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        """Return what is saved for the backward pass in place of an input.
+
+        Traced with fake tensors whose sizes may be symbolic: no data-dependent control flow.
+
+        Args:
+            x: [b, n], floating point, b ≥ 1.
+            seed: 0-dimensional int64 tensor in [0, 2³¹), of this site and these activations.
+            outputs: m_p, columns of each projection's output.
+
+        Returns:
+            At least one tensor. NaN and Inf in `x` must reach the weight gradients.
+        """
+        ...
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        """Return the weight gradients of all projections that read one stored input.
+
+        Equivalent to, with X̂ the input that `stored` stands for: `[g.T @ X̂ for g in grads]`, and
+        `X̂.T @ g` where transposed.
+
+        Args:
+            stored: what `store` returned.
+            grads: dZ_p, [b, m_p] each.
+            transposed: per projection, whether the gradient is wanted as [n, m_p], not [m_p, n].
+
+        Returns:
+            One matrix per projection.
+        """
+        ...
+
+    def stored_bytes(self, size: Size) -> int:
+        """Return the bytes of what `store` returns."""
+        ...
+
+    def cost(self, size: Size) -> Cost:
+        """Return what `store` and `weight_gradients` together cost."""
+        ...
+
+    def describe(self, size: Size) -> str:
+        """Return what a report shows of this site in a few characters, such as "k = 64"."""
+        ...
+
+
+def exact_cost(size: Size) -> Cost:
+    """Return what the exact weight gradients of a site cost, dW = dZᵀX for each projection."""
+    b, n, m = size.tokens, size.features, sum(size.outputs)
+    moved = len(size.outputs) * b * n + b * m + n * m
+    return Cost(2 * b * n * m, moved * size.dtype.itemsize, len(size.outputs))
