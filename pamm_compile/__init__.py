@@ -9,12 +9,13 @@ from pamm_compile.errors import (
     UnsupportedTorchError,
     UnsupportedTrainerError,
 )
+from pamm_compile.graph.vocabulary import register_attention
 from pamm_compile.inspect.compare import Arm, Comparison, compare_memory
 from pamm_compile.inspect.explain import explain
 from pamm_compile.inspect.measure import MemoryUse, SavedStorage, measure_memory
 from pamm_compile.inspect.predict import Prediction, predict_saved
 from pamm_compile.report import GraphReport, Note, Report, SiteReport
-from pamm_compile.sites.match import Reason, register_attention
+from pamm_compile.sites.reasons import Reason
 from pamm_compile.torch_backend import Backend, backend
 
 __all__ = [

@@ -19,61 +19,16 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from pamm_compile.graph.vocabulary import (
+    CHAIN,
+    COPIES,
+    GRADIENT_PATH,
+    SHAPE_READS,
+    TRANSPOSES,
+    is_matmul,
+    op_name,
+)
 from pamm_compile.private import aot
-
-aten = torch.ops.aten
-
-# Rearrange or cast: every element of the result is an element of the operand.
-_CHAIN = {
-    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::permute", "aten::t",
-    "aten::transpose", "aten::squeeze", "aten::unsqueeze", "aten::expand", "aten::clone",
-    "aten::alias", "aten::detach", "aten::contiguous", "aten::_to_copy", "aten::to",
-    "prims::convert_element_type", "prims::view_of", "aten::lift_fresh_copy",
-}  # fmt: skip
-
-# Of these, what keeps shape, order and dtype; F.dropout(x, 0.0) leaves a clone, for one.
-_COPIES = {
-    "aten::alias", "aten::clone", "aten::contiguous", "aten::detach", "aten::lift_fresh_copy",
-    "prims::view_of",
-}  # fmt: skip
-
-# A weight's gradient reaches the graph's output through these, and no others.
-_GRADIENT_PATH = _CHAIN | {
-    "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::neg", "aten::sum", "aten::cat",
-    "aten::stack", "aten::slice", "aten::slice_scatter", "aten::slice_backward", "aten::select",
-    "aten::select_scatter", "aten::select_backward", "aten::split", "aten::split_with_sizes",
-    "aten::constant_pad_nd", "aten::unbind", "aten::as_strided", "aten::new_zeros",
-    "aten::zeros_like",
-}  # fmt: skip
-
-# Read a tensor's shape and none of its elements; the partitioner saves the numbers.
-_SHAPE_READS = {
-    "aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset",
-}  # fmt: skip
-
-_MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
-_CONVOLUTIONS = {"aten::convolution", "aten::_convolution"}
-_TRANSPOSES = {"aten::t", "aten::permute", "aten::transpose"}
-
-
-def op_name(node: Node) -> str:
-    """Return "namespace::name" of a node's operator, without the overload; "" if it has none."""
-    target: Any = node.target
-    if isinstance(target, aot.OpOverload):
-        return str(target._schema.name)
-    if isinstance(target, aot.HigherOrderOperator):
-        return f"higher_order::{target.name()}"
-    return ""
-
-
-def is_matmul(node: Node) -> bool:
-    """Tell whether a node is mm, addmm, bmm or baddbmm."""
-    return op_name(node) in _MATMULS
-
-
-def is_convolution(node: Node) -> bool:
-    """Tell whether a node is a forward convolution."""
-    return op_name(node) in _CONVOLUTIONS
 
 
 def matmul_operands(node: Node) -> tuple[Node, Node]:
@@ -94,7 +49,7 @@ def value(node: Node) -> Any:
 def is_transpose(node: Node) -> bool:
     """Tell whether a node swaps the last two dimensions and leaves the others in place."""
     name, val = op_name(node), value(node)
-    if name not in _TRANSPOSES or not isinstance(val, torch.Tensor):
+    if name not in TRANSPOSES or not isinstance(val, torch.Tensor):
         return False
     rank = val.dim()
     if name == "aten::t":
@@ -132,13 +87,13 @@ def chain_of(node: Node) -> Chain:
         The base and the steps from it to `node`, comparable between nodes.
     """
     steps: list[tuple[Any, ...]] = []
-    while op_name(node) in _CHAIN:
+    while op_name(node) in CHAIN:
         source = node.args[0]
         if not isinstance(source, Node):
             break
         options = tuple(sorted(node.kwargs.items()))
         # A copy holds what its source does: without it, equal chains compare so.
-        if op_name(node) not in _COPIES:
+        if op_name(node) not in COPIES:
             steps.append((op_name(node), _freeze(node.args[1:]), _freeze(options)))
         node = source
     return Chain(node, tuple(reversed(steps)))
@@ -152,7 +107,7 @@ def _freeze(arg: Any) -> Any:
 
 def is_chain_step(node: Node) -> bool:
     """Tell whether a node only rearranges or casts the elements of its operand."""
-    return op_name(node) in _CHAIN
+    return op_name(node) in CHAIN
 
 
 @dataclass(frozen=True)
@@ -319,7 +274,7 @@ class JointGraph:
         return sorted(node for node in found if is_matmul(node))
 
     def _ends_gradient(self, node: Node) -> bool:
-        return op_name(node) not in _GRADIENT_PATH and not _is_getitem(node)
+        return op_name(node) not in GRADIENT_PATH and not _is_getitem(node)
 
     def walk_back(self, starts: Iterable[Node], ends: Callable[[Node], bool]) -> Iterator[Node]:
         """Yield all ancestors of `starts` and these, not going past where `ends` holds."""
@@ -351,7 +306,7 @@ class JointGraph:
         backward: set[Node] = set()
         while stack:
             for user in stack.pop().users:
-                if user in closure or user.op == "output" or op_name(user) in _SHAPE_READS:
+                if user in closure or user.op == "output" or op_name(user) in SHAPE_READS:
                     continue
                 if is_chain_step(user) and user not in self.backward:
                     closure.add(user)

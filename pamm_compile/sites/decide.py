@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from pamm_compile.graph.joint import JointGraph, op_name, value
+from pamm_compile.graph.joint import JointGraph, value
+from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.methods.pamm import index_dtype
 from pamm_compile.methods.pamm.compression import num_generators
 from pamm_compile.options import Options
 from pamm_compile.private import aot
-from pamm_compile.sites.match import Decline, Match, Reason, Site
+from pamm_compile.sites.projections import Site
+from pamm_compile.sites.reasons import Decline, Reason
+from pamm_compile.sites.targets import Match
 
 
 @dataclass(frozen=True)

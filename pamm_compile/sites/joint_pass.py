@@ -12,12 +12,15 @@ from torch.fx import Graph
 import pamm_compile
 from pamm_compile.errors import NothingMatchedError
 from pamm_compile.graph.joint import JointGraph, value
+from pamm_compile.graph.vocabulary import attention_operators
 from pamm_compile.options import Options
 from pamm_compile.private import inductor
 from pamm_compile.report import GraphReport, Note, SiteReport
 from pamm_compile.sites.decide import Decision, decide, is_returned, size_of
-from pamm_compile.sites.match import Decline, Site, attention_operators, find_sites
+from pamm_compile.sites.projections import Site
+from pamm_compile.sites.reasons import Decline
 from pamm_compile.sites.rewrite import is_rewritten, rewrite
+from pamm_compile.sites.targets import find_sites
 
 
 @functools.cache

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pamm_compile.graph.joint import op_name, strip_transposes, value
+from pamm_compile.graph.joint import strip_transposes, value
+from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.methods.pamm.compression import (
     Compressed,
     compress,
@@ -26,7 +27,7 @@ from pamm_compile.methods.pamm.compression import (
 )
 from pamm_compile.options import Options
 from pamm_compile.private import aot
-from pamm_compile.sites.match import Site, WeightGradient
+from pamm_compile.sites.projections import Site, WeightGradient
 
 
 def is_rewritten(graph: Graph) -> bool:

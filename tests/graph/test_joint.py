@@ -14,9 +14,9 @@ from pamm_compile.graph.joint import (
     chain_of,
     is_transpose,
     matmul_operands,
-    op_name,
     strip_transposes,
 )
+from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.private import aot
 from pamm_compile.torch_backend import parameter_names
 

@@ -12,13 +12,14 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from pamm_compile.graph.joint import JointGraph, op_name
+from pamm_compile.graph.joint import JointGraph
+from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport
 from pamm_compile.sites.decide import decide
 from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.sites.match import find_sites
+from pamm_compile.sites.targets import find_sites
 from pamm_compile.torch_backend import parameter_names
 
 

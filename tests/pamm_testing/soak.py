@@ -30,7 +30,7 @@ import pamm_compile
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.recorded import RecordedReport
 from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.sites.match import Site
+from pamm_compile.sites.projections import Site
 from pamm_testing.forms import Attention, EinsumHeads, FusedQKV, _sdpa
 from pamm_testing.zoo import WIDTH
 

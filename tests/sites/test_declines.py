@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pamm_compile
 from pamm_compile.options import Options
-from pamm_compile.sites.match import Reason
+from pamm_compile.sites.reasons import Reason
 
 OPTIONS = Options(ratio=4, min_tokens=1)
 

@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 
 from pamm_compile.options import Options
 from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.sites.match import Reason
+from pamm_compile.sites.reasons import Reason
 from pamm_testing.fuzz.blocks import Model, build, inputs
 from pamm_testing.fuzz.expected import expect
 from pamm_testing.fuzz.products import Product

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from pamm_compile.graph.joint import op_name
+from pamm_compile.graph.vocabulary import op_name
 from pamm_testing.graphs import Captured
 
 

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pamm_compile.sites.match import _ATEN_ATTENTION, attention_operators
-
-
-def _is_anchor(name: str) -> bool:
-    return bool(_ATEN_ATTENTION.match(name)) and "backward" not in name
+from pamm_compile.graph.vocabulary import attention_operators, is_attention_operator
 
 
 def test_every_fused_attention_of_this_torch_is_an_anchor() -> None:
@@ -31,15 +27,15 @@ def test_every_fused_attention_of_this_torch_is_an_anchor() -> None:
     fused = names - others
     assert "aten::_scaled_dot_product_flash_attention" in fused
     assert "aten::_scaled_dot_product_cudnn_attention" in fused
-    assert {name for name in fused if not _is_anchor(name)} <= {
+    assert {name for name in fused if not is_attention_operator(name)} <= {
         "aten::_scaled_dot_product_attention_math"
     }
 
 
 def test_backward_attention_is_no_anchor() -> None:
-    assert not _is_anchor("aten::_scaled_dot_product_flash_attention_backward")
-    assert not _is_anchor("aten::_flash_attention_backward")
-    assert not _is_anchor("aten::native_layer_norm")
+    assert not is_attention_operator("aten::_scaled_dot_product_flash_attention_backward")
+    assert not is_attention_operator("aten::_flash_attention_backward")
+    assert not is_attention_operator("aten::native_layer_norm")
 
 
 def test_library_operators() -> None:

@@ -1,0 +1,33 @@
+"""Why something stays exact."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Reason(enum.Enum):
+    """Why projections stay exact. `str()` of one is the sentence that a report prints."""
+
+    NO_ATTENTION = "the graph has no attention that we recognise"
+    NO_WEIGHT_GRAD = "the weight has no gradient (frozen)"
+    SHARED_INPUT = "the backward pass reads the input for something else too"
+    RECOMPUTED = "the input is recomputed in the backward pass (activation checkpointing)"
+    TOO_FEW_TOKENS = "fewer tokens than min_tokens"
+    NOT_A_PROJECTION = "attention reads something that is not a matmul with a parameter"
+    PROJECTION_IN_ANOTHER_GRAPH = "the projection is in another graph (graph break)"
+    NARROW_INPUT = "the input is a low-rank factor, itself the output of a narrow projection"
+    UNSUPPORTED_LAYOUT = "the weight gradient is not a plain matmul over all tokens"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Decline:
+    """Something that stays exact, and why."""
+
+    reason: Reason
+    what: str
+    """Parameter names, or the operator that was found instead of a projection."""
+    detail: str = ""
