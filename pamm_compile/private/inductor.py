@@ -124,6 +124,12 @@ def is_divisible(expression: Any, divisor: int) -> bool:
     return bool(sizevars.statically_known_multiple_of(expression, divisor))
 
 
+def is_one(sizes: Sequence[Any]) -> bool:
+    """Tell whether a tensor of these Inductor sizes is known to have one element, adding no guard."""
+    sizevars = _V.graph.sizevars
+    return all(sizevars.statically_known_equals(size, 1) for size in sizes)
+
+
 def is_max_autotune() -> bool:
     """Tell whether Inductor was asked to time several kernels."""
     return bool(config.max_autotune or config.max_autotune_gemm)

@@ -22,6 +22,40 @@ def prepare() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).parents[2]))
     torch.set_num_threads(1)
+    _correct_bfloat16()
+
+
+def _correct_bfloat16() -> None:
+    """Triton 3.6 to 3.9 interpret bfloat16 as its raw bits in a matmul, and truncate to it."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast = builder.create_dot, builder.cast_impl
+
+    def is_bfloat16(value: Any) -> bool:
+        return bool(value.dtype.scalar == tl.bfloat16)
+
+    def wide(value: Any) -> Any:
+        bits = np.ascontiguousarray(value.data).astype(np.uint32) << 16
+        return handle(bits.view(np.float32), tl.float32)
+
+    def correct_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        a, b = (wide(value) if is_bfloat16(value) else value for value in (a, b))
+        return dot(self, a, b, *rest)
+
+    def correct_cast(self: Any, value: Any, dtype: Any) -> Any:
+        if is_bfloat16(value):
+            return cast(self, wide(value), dtype)
+        if dtype.scalar != tl.bfloat16:
+            return cast(self, value, dtype)
+        rounded = torch.from_numpy(np.array(value.data, dtype=np.float32)).bfloat16()
+        return handle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    builder.create_dot, builder.cast_impl = correct_dot, correct_cast
+    for name in ("create_fp_ext", "create_fp_trunc", "create_si_to_fp", "create_ui_to_fp"):
+        setattr(builder, name, lambda self, value, dtype: self.cast_impl(value, dtype))
 
 
 def assign(
@@ -87,6 +121,43 @@ def contract(
     return partial.sum(0).T
 
 
+class GuardedMemory:
+    """Tensors that lie between margins: reading there gives NaN or -1, and writing is found."""
+
+    _MARGIN = 1 << 16
+
+    def __init__(self) -> None:
+        self._storages: list[Tensor] = []
+
+    def empty(
+        self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """Stand in for `torch.empty_strided`; what is not written reads as NaN or -1."""
+        span = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
+        count = 2 * self._MARGIN + span * dtype.itemsize
+        storage = torch.full([count], 0xFF, dtype=torch.uint8)
+        self._storages.append(storage)
+        return storage.view(dtype).as_strided(size, stride, self._MARGIN // dtype.itemsize)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """A copy with the same strides; elements between its own read as NaN or -1."""
+        target = self.empty(tensor.shape, tensor.stride(), tensor.dtype)
+        if 0 in tensor.stride() and tensor.numel() > 1:
+            shown = [
+                slice(None) if step else slice(1) for step in tensor.stride()
+            ]
+            target[tuple(shown)].copy_(tensor[tuple(shown)])
+            return target
+        return target.copy_(tensor)
+
+    def check(self) -> None:
+        """Raise if a margin was written."""
+        for storage in self._storages:
+            for margin in (storage[: self._MARGIN], storage[-self._MARGIN :]):
+                if not bool((margin == 0xFF).all()):
+                    raise AssertionError("a kernel wrote outside of its tensors")
+
+
 class _Kernel:
     """One kernel of a generated wrapper, run by the interpreter with small blocks."""
 
@@ -119,29 +190,38 @@ class _Kernel:
 def run_wrapper(code: str, inputs: list[Tensor]) -> list[Tensor]:
     """Run a wrapper that Inductor made for a GPU on the CPU, its Triton kernels interpreted.
 
+    Every tensor lies between guards: what is read outside of one is NaN or -1.
+
     Args:
         code: of the wrapper.
         inputs: CPU tensors of the shapes and strides it was made for.
 
     Returns:
         What the wrapper returns.
+
+    Raises:
+        AssertionError: a kernel wrote outside of its tensors.
     """
     import pamm_compile.methods.pamm  # noqa: F401  # the wrapper may call the operators
 
     compiler = ModuleType("compiler")
     compiler.triton = lambda name, source, device_str: _Kernel(name, source)  # type: ignore[attr-defined]
     compiler.wait = lambda scope: None  # type: ignore[attr-defined]
+    memory = GuardedMemory()
     code = code.replace("from torch._C import _cuda_getCurrentRawStream as get_raw_stream", "")
     code = code.replace("async_compile = AsyncCompile()", "")
     code = code.replace("with torch.cuda._DeviceGuard(0):", "with contextlib.nullcontext():")
     code = code.replace("torch.cuda.set_device(0)", "pass")
-    code = code.replace("guards._empty_strided_cuda", "guards._empty_strided_cpu")
+    code = code.replace("torch._C._dynamo.guards._empty_strided_cuda", "guarded_empty")
     code = code.replace("device='cuda:0'", "device='cpu'")
     scope: dict[str, Any] = {
         "__name__": "wrapper",
         "contextlib": contextlib,
         "async_compile": compiler,
         "get_raw_stream": lambda index: index,
+        "guarded_empty": memory.empty,
     }
     exec(code, scope)
-    return list(scope["call"](list(inputs)))
+    outputs = scope["call"]([memory.copy(i) if isinstance(i, Tensor) else i for i in inputs])
+    memory.check()
+    return [output.clone() if isinstance(output, Tensor) else output for output in outputs]

@@ -18,20 +18,6 @@ from pamm_compile.private import inductor
 
 _MOST_GENERATORS = 256
 
-_TEMPLATE = r"""
-{{def_kernel(*ARGUMENTS)}}
-    row = tl.program_id(0).to(INDEX_DTYPE) * BLOCK_B + tl.arange(0, BLOCK_B).to(INDEX_DTYPE)
-    index, scale, cosine = pamm_assign_tile(
-        X, C, INVERSE, row, {{size("X", 0)}}, {{size("C", 0)}}, {{size("X", 1)}},
-        {{stride("X", 0)}}, {{stride("X", 1)}}, {{stride("C", 0)}}, {{stride("C", 1)}},
-        BLOCK_B, BLOCK_K, BLOCK_N, EVEN_N, WITH_NORM, PRECISION,
-    )
-    live = row < {{size("X", 0)}}
-    tl.store(SCALE + row, scale.to(SCALE.dtype.element_ty), mask=live)
-    STORE_COSINE
-    {{store_output(("row",), "index", "live", val_shape=("BLOCK_B",))}}
-"""
-
 
 def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
     """Return the tile sizes to assign with, the one to take untimed first.
@@ -74,15 +60,11 @@ def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
 
 
 @functools.cache
-def _template(with_norm: bool) -> Any:
-    arguments = ["X", "C", "INVERSE", "SCALE"] + ["COSINE"] * with_norm
-    source = _TEMPLATE.replace("*ARGUMENTS", ", ".join(f'"{name}"' for name in arguments))
-    store = "tl.store(COSINE + row, cosine, mask=live)" if with_norm else ""
-    source = source.replace("STORE_COSINE", store)
+def _template() -> Any:
     return inductor.TritonTemplate(
-        name="pamm_assign_with_cosine" if with_norm else "pamm_assign",
+        name="pamm_assign",
         grid=inductor.SymbolicGridFn(_grid),
-        source=source + common.tile_source(("pamm_dots", "pamm_assign_tile")),
+        source=common.template_source("pamm_assign", ("pamm_dots", "pamm_assign_tile")),
     )
 
 
@@ -152,7 +134,7 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
     ways = tiles(inductor.expression_hint(k, 128), inductor.expression_hint(n, 1024), dtype, limits)
     choices: list[Any] = []
     for tile in ways if several else ways[:1]:
-        _template(with_norm).maybe_append_choice(
+        _template().maybe_append_choice(
             choices,
             input_nodes=inputs,
             layout=layout,
@@ -166,6 +148,7 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
                 EVEN_N=inductor.is_divisible(n, tile.depth),
                 WITH_NORM=with_norm,
                 PRECISION=common.float32_precision(),
+                ONE=inductor.is_one([b]),
             ),
             ACC_TYPE="tl.int32",
         )

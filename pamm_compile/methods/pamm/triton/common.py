@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Sequence
 from importlib import resources
@@ -66,22 +65,23 @@ def float32_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-@functools.cache
-def tile_source(names: Sequence[str]) -> str:
-    """Return the text of functions of `tiles`, without importing it, and so without Triton.
+def template_source(name: str, helpers: Sequence[str]) -> str:
+    """Return the text of a template, the functions of `tiles` that it calls pasted behind it.
+
+    Reads the files, and so imports no Triton.
 
     Args:
-        names: of the functions.
+        name: of the template.
+        helpers: names of the functions.
 
     Returns:
-        Their definitions with decorators, in the order of the file.
+        What Inductor renders.
     """
-    text = (
-        resources.files("pamm_compile.methods.pamm.triton").joinpath("tiles.py").read_text("utf-8")
-    )
-    functions = re.split(r"\n(?=@triton\.jit\n)", text)[1:]
-    heads = tuple(f"@triton.jit\ndef {name}(" for name in names)
-    return "\n\n" + "\n".join(f for f in functions if f.startswith(heads))
+    here = resources.files("pamm_compile.methods.pamm.triton")
+    template = here.joinpath("templates", f"{name}.py.jinja").read_text("utf-8")
+    functions = re.split(r"\n(?=@triton\.jit\n)", here.joinpath("tiles.py").read_text("utf-8"))[1:]
+    heads = tuple(f"@triton.jit\ndef {helper}(" for helper in helpers)
+    return template + "\n\n" + "\n".join(f for f in functions if f.startswith(heads))
 
 
 def constants(**values: Any) -> dict[str, Any]:

@@ -94,68 +94,6 @@ def splits(tokens: int, widths: Sequence[int], k: int, itemsize: int, tile: Tile
     return max(1, min(wanted, affordable, worthwhile, _MOST_SPLITS))
 
 
-def _source(num_grads: int, is_sorted: bool) -> str:
-    """The template: selects pick the gradient that a program works on, so one loop serves all."""
-    names = [f"G{p}" for p in range(num_grads)]
-    vectors = ["INDEX", "SCALE"] + ["ORDER", "OFFSETS"] * is_sorted
-    lines = [
-        "{{def_kernel(" + ", ".join(f'"{name}"' for name in [*vectors, *names]) + ")}}",
-        *([] if is_sorted else ["    ORDER = INDEX", "    OFFSETS = INDEX"]),
-        "    k = {{size(None, 2)}}",
-        "    k_tiles = tl.cdiv(k, BLOCK_K)",
-        "    split = tl.program_id(1)",
-        "    k_tile = tl.program_id(0) % k_tiles",
-        "    m_tile = tl.program_id(0) // k_tiles",
-        "    start, stop = pamm_span(",
-        '        {{size("G0", 0)}}, k, k_tile, split, OFFSETS, SPLITS, BLOCK_K, BLOCK_T, SORTED',
-        "    )",
-        "    grad = G0",
-        '    width = {{size("G0", 1)}}',
-        '    grad_row = {{stride("G0", 0)}}',
-        '    grad_column = {{stride("G0", 1)}}',
-        "    first_tile = 0",
-        "    first_column = 0",
-        "    next_tile = tl.cdiv(width, BLOCK_M)",
-        "    next_column = width",
-    ]
-    for name in names[1:]:
-        lines += [
-            "    here = m_tile >= next_tile",
-            f"    grad = tl.where(here, {name}, grad)",
-            "    first_tile = tl.where(here, next_tile, first_tile)",
-            "    first_column = tl.where(here, next_column, first_column)",
-            f'    width = tl.where(here, {{{{size("{name}", 1)}}}}, width)',
-            f'    next_tile += tl.cdiv({{{{size("{name}", 1)}}}}, BLOCK_M)',
-            f'    next_column += {{{{size("{name}", 1)}}}}',
-        ]
-        for stride, at in (("grad_row", 0), ("grad_column", 1)):
-            here = f'{{{{stride("{name}", {at})}}}}'
-            # Where they agree, the stride stays a number that the compiler knows.
-            lines += [
-                f'    {{% if stride("{name}", {at}) != stride("G0", {at}) %}}',
-                f"    {stride} = tl.where(here, {here}, {stride})",
-                "    {% endif %}",
-            ]
-    lines += [
-        "    column = (m_tile - first_tile) * BLOCK_M + tl.arange(0, BLOCK_M)",
-        "    column = column.to(INDEX_DTYPE)",
-        "    generator = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)",
-        "    acc = pamm_contract_tile(",
-        "        INDEX, SCALE, ORDER, grad, start, stop, generator, column, width,",
-        "        grad_row, grad_column, BLOCK_K, BLOCK_M, BLOCK_T, EVEN_M, SORTED, WIDE,",
-        "        GRAD_LEFT, PRECISION,",
-        "    )",
-        "    live = (column < width)[:, None] & (generator < k)[None, :]",
-        "    out_split = split.to(INDEX_DTYPE)",
-        "    out_column = (first_column + column)[:, None]",
-        "    out_generator = generator.to(INDEX_DTYPE)[None, :]",
-        '    {{store_output(("out_split", "out_column", "out_generator"), "acc", "live",'
-        ' val_shape=("BLOCK_M", "BLOCK_K"))}}',
-    ]
-    helpers = ("pamm_codes", "pamm_contract_tile", "pamm_span")
-    return "\n".join(lines) + "\n" + common.tile_source(helpers)
-
-
 def _grid(k: Any, *rest: Any, cdiv: Any) -> tuple[Any, Any, Any]:
     *widths, meta = rest
     column_tiles = sum(cdiv(m, meta["BLOCK_M"]) for m in widths)
@@ -163,11 +101,13 @@ def _grid(k: Any, *rest: Any, cdiv: Any) -> tuple[Any, Any, Any]:
 
 
 @functools.cache
-def _template(num_grads: int, is_sorted: bool) -> Any:
+def _template() -> Any:
     return inductor.TritonTemplate(
-        name=f"pamm_contract_{num_grads}" + "_sorted" * is_sorted,
+        name="pamm_contract",
         grid=inductor.SymbolicGridFn(_grid),
-        source=_source(num_grads, is_sorted),
+        source=common.template_source(
+            "pamm_contract", ("pamm_codes", "pamm_contract_tile", "pamm_span")
+        ),
     )
 
 
@@ -258,7 +198,7 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
 
     choices: list[Any] = []
     for tile in ways if several else ways[:1]:
-        _template(len(grads), is_sorted).maybe_append_choice(
+        _template().maybe_append_choice(
             choices,
             input_nodes=nodes,
             layout=layout,
@@ -266,6 +206,7 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
             num_warps=tile.warps,
             num_stages=tile.stages,
             **common.constants(
+                GRADS=len(grads),
                 SPLITS=shares,
                 BLOCK_M=tile.rows,
                 BLOCK_K=tile.columns,
@@ -275,6 +216,7 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
                 WIDE=product == torch.float32,
                 GRAD_LEFT=product.itemsize == 2 and limits.reads_left_from_shared,
                 PRECISION=common.float32_precision(),
+                ONE=inductor.is_one([shares, *size[1:]]),
             ),
             ACC_TYPE="tl.float32",
         )

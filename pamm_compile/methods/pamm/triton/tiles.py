@@ -13,7 +13,8 @@ import triton.language as tl
 def pamm_dots(
     X,
     C,
-    live,
+    row,
+    b,
     n,
     x_column,
     c_column,
@@ -26,13 +27,13 @@ def pamm_dots(
 ):
     """Dot products of a tile of tokens with a tile of generators, and the tokens' squared norms.
 
-    X: pointers to rows of X, [BLOCK_B, 1], those of no token where not `live`. C: pointers to rows
-    of C, [1, BLOCK_K]. The norms are 0 if not WITH_NORM.
+    X: pointers to rows of X, [BLOCK_B, 1], those the last one's past the end. C: pointers to
+    rows of C, [1, BLOCK_K]. The norms are 0 if not WITH_NORM.
     """
     dots = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_B], tl.float32)
     for first in range(0, n, BLOCK_N):
-        feature = first + tl.arange(0, BLOCK_N)
+        feature = (first + tl.arange(0, BLOCK_N)).to(row.dtype)
         x_at = X + feature[None, :] * x_column
         c_at = C + feature[:, None] * c_column
         if EVEN_N:
@@ -46,7 +47,7 @@ def pamm_dots(
             squares += tl.sum(wide * wide, axis=1)
             # A pipelined tile that an asynchronous matmul reads and registers read too is refilled
             # too early by Triton; the select makes the matmul take it from registers.
-            x = tl.where(live[:, None], x, 0.0)
+            x = tl.where((row < b)[:, None], x, 0.0)
         dots = tl.dot(x, c, dots, input_precision=PRECISION)
     return dots, squares
 
@@ -89,7 +90,8 @@ def pamm_assign_tile(
         dots, squares = pamm_dots(
             x_rows,
             c_rows,
-            row < b,
+            row,
+            b,
             n,
             x_column,
             c_column,
