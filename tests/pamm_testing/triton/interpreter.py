@@ -159,7 +159,10 @@ class GuardedMemory:
 
 
 class _Kernel:
-    """One kernel of a generated wrapper, run by the interpreter with small blocks."""
+    """One kernel of a generated wrapper, run by the interpreter in a few programs.
+
+    A program costs far more here than what it computes; templates have tile sizes of their own.
+    """
 
     def __init__(self, name: str, source: str) -> None:
         from torch._inductor.codecache import PyCodeCache
@@ -172,10 +175,7 @@ class _Kernel:
         head = source[source.index(f"def {name}(") : source.index("):")]
         names = re.findall(r"(\w+)(?: ?: tl\.constexpr)?(?:,|$)", head.split("(", 1)[1])
         self.places = {argument: place for place, argument in enumerate(names)}
-        self.blocks = {
-            argument: 64 if argument == "R0_BLOCK" else 16
-            for argument in re.findall(r"(\w+) ?: tl\.constexpr", head)
-        }
+        self.blocks = re.findall(r"(\w+) ?: tl\.constexpr", head)
 
     def run(self, *args: Any, stream: object) -> None:
         del stream
@@ -183,11 +183,17 @@ class _Kernel:
             *args, x, y, z = args  # type: ignore[assignment]
             self.fn[(x, y, z)](*args)
             return
-        sizes = [args[self.places[n]] for n in ("xnumel", "ynumel") if n in self.places]
-        self.fn[tuple(-(-size // 16) for size in sizes)](*args, **self.blocks)
+        blocks, grid = dict.fromkeys(self.blocks, 64), []
+        for name in ("x", "y"):
+            if f"{name}numel" in self.places:
+                size = args[self.places[f"{name}numel"]]
+                block = min(256, max(16, 1 << (size // 2).bit_length()))
+                blocks[f"{name.upper()}BLOCK"] = block
+                grid.append(-(-size // block))
+        self.fn[tuple(grid)](*args, **blocks)
 
 
-def run_wrapper(code: str, inputs: list[Tensor]) -> list[Tensor]:
+def run_wrapper(code: str, inputs: list[Tensor], guarded: bool = True) -> list[Tensor]:
     """Run a wrapper that Inductor made for a GPU on the CPU, its Triton kernels interpreted.
 
     Every tensor lies between guards: what is read outside of one is NaN or -1.
@@ -195,6 +201,7 @@ def run_wrapper(code: str, inputs: list[Tensor]) -> list[Tensor]:
     Args:
         code: of the wrapper.
         inputs: CPU tensors of the shapes and strides it was made for.
+        guarded: whether inputs are copied between guards first.
 
     Returns:
         What the wrapper returns.
@@ -222,6 +229,30 @@ def run_wrapper(code: str, inputs: list[Tensor]) -> list[Tensor]:
         "guarded_empty": memory.empty,
     }
     exec(code, scope)
-    outputs = scope["call"]([memory.copy(i) if isinstance(i, Tensor) else i for i in inputs])
+    if guarded:
+        inputs = [memory.copy(i) if isinstance(i, Tensor) else i for i in inputs]
+    outputs = scope["call"](list(inputs))
     memory.check()
     return [output.clone() if isinstance(output, Tensor) else output for output in outputs]
+
+
+def sparse_assign(
+    code: str, b: int, n: int, column_stride: int
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Run a wrapper of `pamm::assign` on an X whose columns lie far apart, and the eager kernel.
+
+    Memory is mapped for all of X, and used for what is touched: made here, as it cannot be sent.
+    """
+    import mmap
+
+    from pamm_compile.methods.pamm import eager
+
+    size = 2 * ((n - 1) * column_stride + b)
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.12 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    storage = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.float16)
+    x = storage.as_strided((b, n), (1, column_stride))
+    made = torch.Generator().manual_seed(0)
+    x.copy_(torch.randn(b, n, generator=made))
+    c = torch.randn(5, n, generator=made).half()
+    return run_wrapper(code, [x, c], guarded=False), eager.assign(x, c, torch.uint8)

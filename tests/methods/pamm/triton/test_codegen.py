@@ -89,6 +89,55 @@ def test_generated_kernels_compute_the_operators(
     torch.testing.assert_close(sums, eager.contract(*expected[:2], grads, k))
 
 
+@pytest.mark.parametrize("widths", [[32, 64, 32], [64, 32, 32, 64]])
+def test_gradients_whose_strides_come_again(interpret: Interpret, widths: list[int]) -> None:
+    """Each gradient is read at its own strides, whatever its predecessors' are."""
+    x, *grads = site(70, 16, widths, torch.float32, False)
+    inputs = [x, x[:9].clone(), *grads]
+    code = generate(both(9, False), on_fake_gpu(inputs)).wrappers["graph"]
+    index, scale, sums = interpret(interpreter.run_wrapper, code, inputs)
+    torch.testing.assert_close(sums, eager.contract(index, scale, grads, 9))
+
+
+@pytest.mark.parametrize("with_cosine", [True, False])
+@pytest.mark.parametrize(("b", "k", "widths"), [(1, 1, [1]), (1, 20, [17]), (40, 1, [1])])
+def test_outputs_of_one_element(
+    interpret: Interpret, b: int, k: int, widths: list[int], with_cosine: bool
+) -> None:
+    """Inductor stores such an output from every lane: those past the end must agree."""
+    x, *grads = site(b, 24, widths, torch.float32, False)
+    c = torch.randn(k, 24, generator=torch.Generator().manual_seed(1))
+    code = generate(both(k, with_cosine), on_fake_gpu([x, c, *grads])).wrappers["graph"]
+    index, scale, *rest, sums = interpret(interpreter.run_wrapper, code, [x, c, *grads])
+    expected = eager.assign(x, c, index_dtype(k))
+    assert torch.equal(index, expected[0])
+    torch.testing.assert_close(scale, expected[1])
+    if rest:
+        torch.testing.assert_close(rest[0], expected[2])
+    torch.testing.assert_close(sums, eager.contract(index, scale, grads, k))
+
+
+def test_columns_far_apart(interpret: Interpret) -> None:
+    """A column-major X of more than 2³¹ elements; only the pages that are read exist."""
+    got, expected = interpret(interpreter.sparse_assign, _far_code(), 40, 18, 1 << 27)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def _far_code() -> str:
+    def make() -> list[Tensor]:
+        half = {"dtype": torch.float16, "device": "cuda"}
+        return [
+            torch.empty_strided((40, 18), (1, 1 << 27), **half),
+            torch.empty(5, 18, **half),
+        ]
+
+    def run(x: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return assign(x, c, torch.uint8)
+
+    return generate(run, fake_inputs(make)).wrappers["graph"]
+
+
 def test_gated_site_computes_what_eager_does(interpret: Interpret) -> None:
     x, *grads = site(160, 32, [48, 16, 16], torch.float32, True)
 
