@@ -15,9 +15,9 @@ import argparse
 import dataclasses
 import math
 import os
+import sysconfig
+from pathlib import Path
 
-import common
-import corpus
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -106,22 +106,22 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tensor-parallel", type=common.positive, default=1, help="default: 1")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="default: 1")
     parser.add_argument("--ratio", type=float, default=256.0, help="default: 256")
-    parser.add_argument("--min-tokens", type=common.positive, default=256, help="default: 256")
-    parser.add_argument("--steps", type=common.positive, default=20, help="default: 20")
+    parser.add_argument("--min-tokens", type=int, default=256, help="default: 256")
+    parser.add_argument("--steps", type=int, default=20, help="default: 20")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--layers", type=common.positive, default=4)
-    parser.add_argument("--hidden", type=common.positive, default=128)
-    parser.add_argument("--heads", type=common.positive, default=4)
-    parser.add_argument("--batch", type=common.positive, default=8, help="windows a rank and step")
-    parser.add_argument("--sequence", type=common.positive, default=256, help="bytes a window")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="windows a rank and step")
+    parser.add_argument("--sequence", type=int, default=256, help="bytes a window")
     parser.add_argument("--mixed-precision", action="store_true", help="bf16, reduced in fp32")
     parser.add_argument(
         "--memory-budget", type=float, default=1.0, help="of torch.compile, 0 to 1 (default: 1)"
     )
     parser.add_argument("--base", choices=("inductor", "aot_eager"), default="inductor")
-    parser.add_argument("--device", default=common.default_device(), help="default: %(default)s")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -230,16 +230,23 @@ def train_step(run: Run, batch: Tensor, *, measure: bool) -> None:
     run.losses.append(losses[0].item())
 
 
+def standard_library() -> Tensor:
+    """Return the standard library's own sources as bytes: text that needs no download."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
+
+
 def main() -> None:
     args = parse()
     mesh = prepare(args)
     exact = make_run("exact", NEVER, mesh, args)
     pamm = make_run(f"PAMM {args.ratio:g}", args.min_tokens, mesh, args)
-    text = corpus.Text().train
+    text = standard_library()
     # The ranks of one tensor-parallel group see the same batch.
     generator = torch.Generator().manual_seed(args.seed + mesh["dp"].get_local_rank())
     for step in range(args.steps):
-        batch = corpus.draw(text, "llama", args.batch, args.sequence + 1, generator)["input_ids"]
+        starts = torch.randint(len(text) - args.sequence, (args.batch, 1), generator=generator)
+        batch = text[starts + torch.arange(args.sequence + 1)].long()
         for run in (exact, pamm):
             train_step(run, batch.to(args.device), measure=step == args.steps - 1)
     if dist.get_rank() == 0:
@@ -247,20 +254,13 @@ def main() -> None:
         print(f"{dist.get_world_size()} ranks ({kind}), {args.device}")
         print(f"{args.batch * args.sequence:,} tokens a data-parallel rank and step")
         print(f"\n{pamm.backend.report}\n")
-        header = ("run", "first loss", "last loss", "saved MiB a rank")
-        rows = [
-            (
-                run.name,
-                f"{run.losses[0]:.4f}",
-                f"{run.losses[-1]:.4f}",
-                f"{run.saved_bytes / 2**20:.2f}",
-            )
-            for run in (exact, pamm)
-        ]
-        print(common.table(header, rows))
+        print(f"{'run':12}  {'first loss':>10}  {'last loss':>10}  {'saved MiB a rank':>16}")
+        for run in (exact, pamm):
+            first, last, saved = run.losses[0], run.losses[-1], run.saved_bytes / 2**20
+            print(f"{run.name:12}  {first:10.4f}  {last:10.4f}  {saved:16.2f}")
         print("loss: of rank 0's batches. The report is of one block; all share its code.")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import common
 import torch
 import torch._functorch.config as functorch_config
-from common import precision
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from pamm_compile.inspect.predict import predict_saved
+import pamm_compile
 
 
 @torch.library.custom_op("pamm_example::rms_norm", mutates_args=())
@@ -71,50 +70,58 @@ class OpaqueNorm(nn.Module):
         return opaque_norm(x, self.weight)
 
 
-def replace_norms(model: nn.Module) -> int:
-    """Put opaque norms in place of a LLaMA's own; return how many."""
-    found = [name for name, each in model.named_modules() if type(each).__name__ == "LlamaRMSNorm"]
-    for name in found:
+def build(args: argparse.Namespace, *, opaque: bool) -> nn.Module:
+    """Build a LLaMA, with opaque norms in place of its own if asked to."""
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=args.hidden,
+        intermediate_size=352 * args.hidden // 128,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        use_cache=False,
+    )
+    model = LlamaForCausalLM(config)
+    norms = [name for name, each in model.named_modules() if type(each).__name__ == "LlamaRMSNorm"]
+    for name in norms if opaque else ():
         model.set_submodule(name, OpaqueNorm(model.get_submodule(name)))
-    return len(found)
+    return model
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ratio", type=float, default=256.0, help="default: 256")
-    parser.add_argument("--budget", type=float, default=0.99, help="default: 0.99")
-    common.add_model_options(parser)
-    common.add_backend_options(parser)
-    return parser.parse_args(arguments)
+    parser.add_argument("--ratio", type=float, default=256)
+    parser.add_argument("--budget", type=float, default=0.99)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--sequence", type=int, default=256)
+    return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    if args.model != "llama":
-        raise SystemExit("--model must be llama, whose norms are replaced")
-    device = common.prepare(args)
-    common.announce(args)
-    columns: dict[str, list[str]] = {}
-    for norm in ("plain", "opaque"):
+    backend = pamm_compile.backend(ratio=args.ratio)
+    rows: dict[str, list[float]] = {}
+    for opaque in (False, True):
         # Bytes do not depend on values: nothing is computed.
-        with FakeTensorMode(), device:
-            model = common.build(args)
-            count = replace_norms(model) if norm == "opaque" else 0
+        with FakeTensorMode():
+            model = build(args, opaque=opaque)
             ids = torch.zeros(args.batch, args.sequence, dtype=torch.int64)
-            backend = common.make_backend(args, args.ratio)
             for name, using in (("compile", None), ("PAMM", backend)):
                 for budget in (1.0, args.budget):
-                    with functorch_config.patch(activation_memory_budget=budget), precision(args):
-                        found = predict_saved(model, input_ids=ids, labels=ids, using=using)
+                    with functorch_config.patch(activation_memory_budget=budget):
+                        found = pamm_compile.predict_saved(
+                            model, input_ids=ids, labels=ids, using=using
+                        )
                     arm = name if budget == 1 else f"{name} + budget {budget:g}"
-                    columns.setdefault(arm, []).append(common.mebibytes(found.saved_bytes))
-        print(f"{norm:13} {count} norms replaced; {found.report.graphs[0].summary()}")
-    rows = [(arm, *found) for arm, found in columns.items()]
-    header = ("saved for backward, MiB", "plain norms", "opaque norms")
-    print(f"\n{common.table(header, rows)}")
+                    rows.setdefault(arm, []).append(found.saved_bytes / 2**20)
+    print(f"{'saved for backward, MiB':24}  {'plain norms':>12}  {'opaque norms':>12}")
+    for arm, (plain, opaque_) in rows.items():
+        print(f"{arm:24}  {plain:12.2f}  {opaque_:12.2f}")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

@@ -1,12 +1,15 @@
-"""Train a small byte-level language model with and without PAMM, and compare.
+"""Tune a small byte-level LLaMA exactly and with approximate weight gradients, and compare.
 
-    python examples/train.py                        LLaMA, ratio 256, a few minutes on two cores
-    python examples/train.py --ratio 64 256 512     several ratios beside one exact run
-    python examples/train.py --model gpt2 --device cuda --dtype bfloat16
+    python examples/train.py                               a few minutes on two cores
+    python examples/train.py --ratio 64 256 512            several ratios of PAMM
+    python examples/train.py --pretrain 0 --steps 300      from random weights
+    python examples/train.py --device cuda --dtype bfloat16 --hidden 512 --heads 8
 
-The text is the Python standard library's own sources, the models are Transformers' own classes,
-and nothing is downloaded. All runs start from the same weights and see the same batches; their
-steps alternate, so that step times are compared under the same conditions.
+A first phase trains exactly on code (the Python standard library's sources); then every arm goes on
+from those weights on prose (Python's reference documentation), on the same batches. Runs that start
+from trained weights hardly drift apart, so that a gap of thousandths of a nat can be read; from
+random weights nothing below a tenth can. Steps of the arms alternate, so that their times are of
+the same minutes. The model is Transformers' own class, and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -15,13 +18,14 @@ import argparse
 import copy
 import dataclasses
 import json
+import math
 import statistics
+import sysconfig
 import time
 from pathlib import Path
+from pydoc_data import topics
 from typing import Any
 
-import common
-import corpus
 import matplotlib
 
 matplotlib.use("Agg")
@@ -30,11 +34,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import pamm_compile
-
-EXACT = "torch.compile"
-_LAST = 50
 
 
 @dataclasses.dataclass
@@ -54,230 +56,197 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--ratio",
-        type=float,
-        nargs="+",
-        default=[256.0],
-        help="tokens per generator, one or several (default: 256)",
+    parser.add_argument("--ratio", type=float, nargs="+", default=[256], help="tokens a generator")
+    parser.add_argument("--pretrain", type=int, default=200, help="exact steps on code first")
+    parser.add_argument("--steps", type=int, default=100, help="steps of every arm")
+    parser.add_argument("--lr", type=float, help="peak; default: 5e-4, or 2e-3 from random weights")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=128, help="features, n")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8, help="windows a step")
+    parser.add_argument("--sequence", type=int, default=256, help="bytes a window")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of table and plot")
+    args = parser.parse_args(arguments)
+    args.lr = args.lr or (5e-4 if args.pretrain else 2e-3)
+    return args
+
+
+def arms(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the backends to compare, the exact one first."""
+    return {
+        "exact": "inductor",
+        **{f"PAMM on Q, K, V, {r:g}": pamm_compile.backend(ratio=r) for r in args.ratio},
+    }
+
+
+def code() -> Tensor:
+    """Return the standard library's sources as bytes."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
+
+
+def prose() -> Tensor:
+    """Return Python's reference documentation as bytes."""
+    return torch.frombuffer(
+        bytearray("\n".join(topics.topics.values()).encode()), dtype=torch.uint8
     )
-    parser.add_argument("--steps", type=common.positive, default=300, help="default: 300")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
-    parser.add_argument("--eager", action="store_true", help="train without torch.compile, too")
-    parser.add_argument(
-        "--validation-batches", type=common.positive, default=16, help="default: 16"
-    )
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
-    common.add_model_options(parser)
-    common.add_backend_options(parser)
-    return parser.parse_args(arguments)
 
 
-def make_runs(args: argparse.Namespace, device: torch.device) -> list[Run]:
-    initial = common.build(args).to(device)
-    # Dynamo keeps compiled code per function, and all runs share theirs.
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(args.ratio) + 2)
+def draw(text: Tensor, generator: torch.Generator, args: argparse.Namespace) -> dict[str, Tensor]:
+    starts = torch.randint(len(text) - args.sequence, (args.batch, 1), generator=generator)
+    ids = text[starts + torch.arange(args.sequence)].long().to(args.device)
+    return {"input_ids": ids, "labels": ids}
 
-    def run(name: str, backend: Any) -> Run:
-        model = copy.deepcopy(initial)
-        compiled = (
-            model if backend is None else torch.compile(model, backend=backend, mode=args.mode)
-        )
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
-        )
-        ours = backend if isinstance(backend, pamm_compile.Backend) else None
-        return Run(name, model, compiled, optimizer, ours)
 
-    runs = [run(EXACT, "inductor")]
-    runs += [run(f"PAMM {ratio:g}", common.make_backend(args, ratio)) for ratio in args.ratio]
-    if args.eager:
-        runs.append(run("eager", None))
-    return runs
+def make_run(name: str, backend: Any, initial: nn.Module, args: argparse.Namespace) -> Run:
+    model = copy.deepcopy(initial)
+    compiled = torch.compile(model, backend=backend)
+    optimizer = torch.optim.AdamW(model.parameters(), args.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    ours = backend if isinstance(backend, pamm_compile.Backend) else None
+    if ours:
+        # Equal options are one object, which may have compiled something before.
+        ours.report.clear()
+    return Run(name, model, compiled, optimizer, ours)
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], args: argparse.Namespace) -> Tensor:
-    with common.precision(args):
+    is_half = args.dtype == "bfloat16"
+    with torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=is_half):
         return model(**batch).loss
 
 
-def train_step(
-    run: Run, batch: dict[str, Tensor], rate: float, seed: int, args: argparse.Namespace
-) -> None:
-    device = torch.device(args.device)
-    # The same dropout in every run.
-    torch.manual_seed(seed)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    common.synchronize(device)
-    start = time.perf_counter()
-    run.optimizer.zero_grad()
-    loss = loss_of(run.compiled, batch, args)
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    common.synchronize(device)
-    run.times.append(time.perf_counter() - start)
-    run.losses.append(loss.item())
-
-
-def train(runs: list[Run], text: corpus.Text, args: argparse.Namespace) -> None:
+def train(runs: list[Run], text: Tensor, steps: int, lr: float, args: argparse.Namespace) -> None:
+    """Train all runs, one step of each in turn: warm-up, then a cosine down to a tenth."""
     generator = torch.Generator().manual_seed(args.seed)
-    with tqdm(total=args.steps, unit="step", dynamic_ncols=True) as bar:
-        for step in range(args.steps):
-            batch = corpus.draw(text.train, args.model, args.batch, args.sequence, generator)
-            batch = {name: each.to(args.device) for name, each in batch.items()}
-            # Each goes first in turn: the first finds other caches than the rest.
-            first = step % len(runs)
-            for run in runs[first:] + runs[:first]:
-                if step == 0:
-                    bar.set_description(f"compiling {run.name}")
-                seed = args.seed * args.steps + step
-                train_step(run, batch, common.learning_rate(step, args.steps, args.lr), seed, args)
-            bar.set_description("training")
-            bar.set_postfix({run.name: f"{run.losses[-1]:.3f}" for run in runs})
-            bar.update()
+    warmup = max(1, steps // 10)
+    for step in tqdm(range(steps), desc=", ".join(run.name for run in runs), dynamic_ncols=True):
+        done = max(0.0, (step - warmup) / max(1, steps - warmup))
+        rate = lr * min((step + 1) / warmup, 0.55 + 0.45 * math.cos(math.pi * done))
+        batch = draw(text, generator, args)
+        # Whoever goes first finds other caches than the rest: each does in turn.
+        first = step % len(runs)
+        for run in runs[first:] + runs[:first]:
+            run.optimizer.param_groups[0]["lr"] = rate
+            start = time.perf_counter()
+            run.optimizer.zero_grad()
+            loss = loss_of(run.compiled, batch, args)
+            loss.backward()
+            nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+            run.optimizer.step()
+            # Reading the loss waits for the device.
+            run.losses.append(loss.item())
+            run.times.append(time.perf_counter() - start)
 
 
 @torch.no_grad()
-def validate(run: Run, text: corpus.Text, args: argparse.Namespace) -> float:
-    """Return the loss on batches that are the same for every run, without torch.compile.
-
-    PAMM changes no forward pass, so that nothing needs to be compiled for it.
-    """
+def validate(model: nn.Module, text: Tensor, args: argparse.Namespace) -> float:
+    """Return the loss on unseen batches, without torch.compile: no method changes the forward."""
     generator = torch.Generator().manual_seed(0)
-    run.model.eval()
-    losses = []
-    for _ in range(args.validation_batches):
-        batch = corpus.draw(text.validation, args.model, args.batch, args.sequence, generator)
-        batch = {name: each.to(args.device) for name, each in batch.items()}
-        losses.append(loss_of(run.model, batch, args).item())
-    run.model.train()
+    model.eval()
+    losses = [loss_of(model, draw(text, generator, args), args).item() for _ in range(16)]
+    model.train()
     return statistics.fmean(losses)
 
 
-def summarize(run: Run, exact: Run, text: corpus.Text, args: argparse.Namespace) -> dict[str, Any]:
-    """Return a run's figures, other than those that need the exact run's."""
-    generator = torch.Generator().manual_seed(0)
-    batch = corpus.draw(text.train, args.model, args.batch, args.sequence, generator)
-    batch = {name: each.to(args.device) for name, each in batch.items()}
+def summarize(run: Run, exact: Run, text: Tensor, args: argparse.Namespace) -> dict[str, Any]:
+    batch = draw(text, torch.Generator().manual_seed(0), args)
     run.optimizer.zero_grad()
     memory = pamm_compile.measure_memory(
         lambda: loss_of(run.compiled, batch, args), model=run.model, warmup=0
     )
-    # The first step compiles.
-    pairs = list(zip(run.times, exact.times, strict=True))
-    sites = run.backend.report.compressed if run.backend else ()
+    # The first steps compile.
+    ratios = [a / b for a, b in zip(run.times, exact.times, strict=True)]
     return {
         "name": run.name,
-        "ratio": run.backend.options.ratio if run.backend else None,
-        "generators": sorted({site.generators for site in sites}),
-        "compressed_sites": len(sites),
-        "train_loss": statistics.fmean(run.losses[-_LAST:]),
-        "validation_loss": validate(run, text, args),
+        "compressed_sites": len(run.backend.report.compressed) if run.backend else 0,
+        "validation_loss": validate(run.model, text, args),
         "saved_bytes": memory.saved_bytes,
         "peak_bytes": memory.peak_bytes,
         "peak_source": memory.peak_source,
-        "time_ratio": statistics.median(mine / its for mine, its in pairs[1:] or pairs),
+        "time_ratio": statistics.median(ratios[2:] or ratios),
         "losses": run.losses,
         "times_s": run.times,
     }
 
 
-def text_table(results: list[dict[str, Any]], steps: int) -> str:
+def table(results: list[dict[str, Any]]) -> str:
     exact = results[0]
-    rows = [
-        (
-            each["name"],
-            ",".join(map(str, each["generators"])) or "-",
-            f"{each['train_loss']:.3f}",
-            f"{each['validation_loss']:.3f}",
-            f"{each['validation_gap']:+.3f}" if each is not exact else "-",
-            common.mebibytes(each["saved_bytes"]),
-            common.mebibytes(each["peak_bytes"]),
-            f"{each['time_ratio']:.2f} ×",
-        )
-        for each in results
+    lines = [
+        "| arm | validation loss | above exact | saved MiB | peak MiB | step time |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    header = ("run", "k", "train", "validation", "gap", "saved MiB", "peak MiB", "step time")
-    return "\n".join(
-        [
-            common.table(header, rows),
-            f"k: generators. train: loss over the last {min(_LAST, steps)} steps. "
-            "gap: validation loss above the exact run's.",
-            "saved: held for backward, parameters aside. "
-            f"peak: of forward and backward; {exact['peak_source']}.",
-            f"step time: by the exact run's, median of {max(1, steps - 1)} paired ratios.",
-        ]
-    )
+    for each in results:
+        gap = each["validation_loss"] - exact["validation_loss"]
+        saved, peak = (each[f"{kind}_bytes"] / 2**20 for kind in ("saved", "peak"))
+        lines.append(
+            f"| {each['name']} | {each['validation_loss']:.4f} | {gap:+.4f} | {saved:.1f} "
+            f"| {peak:.1f} | {each['time_ratio']:.2f} × |"
+        )
+    return "\n".join(lines)
 
 
-def plot(results: list[dict[str, Any]], title: str, path: Path) -> None:
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7, 6), sharex=True, height_ratios=(3, 1), layout="constrained"
-    )
-    exact = results[0]
-    window = max(1, len(exact["losses"]) // 30)
-    for number, each in enumerate(results):
-        color = "black" if each is exact else f"C{number - 1}"
-        steps, smooth = running_mean(each["losses"], window)
-        top.plot(each["losses"], color=color, alpha=0.2, linewidth=0.8)
-        top.plot(steps, smooth, color=color, label=each["name"])
-        if each is not exact:
-            difference = [a - b for a, b in zip(each["losses"], exact["losses"], strict=True)]
-            bottom.plot(*running_mean(difference, window), color=color)
-    bottom.axhline(0, color="black", linewidth=0.8)
-    top.set(title=title, ylabel="training loss, nats a byte")
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    exact = results[0]["losses"]
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7, 6), sharex=True, layout="constrained")
+    for each in results:
+        top.plot(each["losses"], label=each["name"], linewidth=0.8)
+        bottom.plot([a - b for a, b in zip(each["losses"], exact, strict=True)], linewidth=0.8)
+    top.set(ylabel="training loss, nats a byte")
     top.legend()
-    bottom.set(xlabel="step", ylabel=f"above\n{EXACT}")
+    bottom.set(xlabel="step", ylabel="above exact")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def running_mean(values: list[float], window: int) -> tuple[list[int], list[float]]:
-    """Return steps, and the mean of the window that ends at each."""
-    steps = list(range(window - 1, len(values)))
-    return steps, [statistics.fmean(values[step - window + 1 : step + 1]) for step in steps]
-
-
 def main() -> None:
     args = parse()
-    device = common.prepare(args)
     started = time.perf_counter()
-    facts = common.announce(args)
-    text = corpus.Text()
-    runs = make_runs(args, device)
-    count = sum(parameter.numel() for parameter in runs[0].model.parameters())
-    what = f"{type(runs[0].model).__name__}, {count:,} parameters"
-    print(f"{'model':13} {what}, {args.batch * args.sequence:,} tokens a step, {args.dtype}")
-    print(f"{'text':13} {len(text.train):,} bytes to train, {len(text.validation):,} to validate")
-
-    train(runs, text, args)
-
-    results = [summarize(run, runs[0], text, args) for run in runs]
-    for each in results:
-        for kind in ("train", "validation"):
-            each[f"{kind}_gap"] = each[f"{kind}_loss"] - results[0][f"{kind}_loss"]
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=args.hidden,
+        intermediate_size=math.ceil(args.hidden * 8 / 3 / 32) * 32,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        use_cache=False,
+    )
+    initial = LlamaForCausalLM(config).to(args.device).train()
+    count = sum(parameter.numel() for parameter in initial.parameters())
+    print(f"{count:,} parameters, {args.batch * args.sequence:,} tokens a step, {args.dtype}")
+    if args.pretrain:
+        exactly = make_run("exact, on code", "inductor", initial, args)
+        train([exactly], code(), args.pretrain, 2e-3, args)
+        initial = exactly.model
+    text = prose() if args.pretrain else code()
+    seen, unseen = text[: -len(text) // 20], text[-len(text) // 20 :]
+    # Dynamo keeps compiled code per function, and all runs share theirs.
+    chosen = arms(args)
+    torch._dynamo.config.recompile_limit = 8 + 2 * len(chosen)
+    runs = [make_run(name, backend, initial, args) for name, backend in chosen.items()]
+    train(runs, seen, args.steps, args.lr, args)
+    results = [summarize(run, runs[0], unseen, args) for run in runs]
     for run in runs:
         if run.backend:
             print(f"\n{run.name}\n{run.backend.report}")
-    print(f"\n{text_table(results, args.steps)}")
+    print(f"\n{table(results)}")
+    print(f"saved: held for backward, parameters aside; peak: {results[0]['peak_source']};")
+    print("step time: by the exact run's, median of paired ratios")
 
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"train-{args.model}-seed{args.seed}"
-    options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+    stem = args.out / f"train-seed{args.seed}"
     record = {
-        "environment": facts,
-        "options": options,
-        "parameters": count,
+        "options": {**vars(args), "out": str(args.out)},
+        "torch": torch.__version__,
         "seconds": time.perf_counter() - started,
         "runs": results,
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    plot(results, f"{what}, seed {args.seed}", stem.with_suffix(".png"))
+    plot(results, stem.with_suffix(".png"))
     print(f"\n{record['seconds']:.0f} s; wrote {stem}.json and {stem}.png")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()

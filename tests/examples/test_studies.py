@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from pamm_testing.programs import EXAMPLES, run
 from torch import Tensor
 
+from examples.benchmarks import estimators, quality
+from examples.benchmarks.estimators import parse
 from pamm_compile.methods.pamm.compression import Compressed, weight_gradients
 
-sys.path.append(str(EXAMPLES))
-
-import study_methods
-import study_quality
-from study_methods import parse
+Run = Callable[..., str]
 
 TOKENS, FEATURES = 256, 24
 TINY = ("--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "2", "--sequence", "64")
@@ -30,7 +27,7 @@ def rows(seed: int = 0) -> Tensor:
 
 
 def approximation(method: str, x: Tensor, seed: int = 0) -> Tensor:
-    stored = parse(method).store(x, study_methods.generator_of(seed), torch.float32)
+    stored = parse(method).store(x, estimators.generator_of(seed), torch.float32)
     return torch.stack([each.approximation for each in stored]).sum(0)
 
 
@@ -53,7 +50,7 @@ def test_sampling_and_sketching_are_unbiased(method: str) -> None:
 
 def test_pamm_is_what_the_package_computes() -> None:
     x, dz = rows(), rows(1)
-    (stored,) = parse("pamm:8").store(x, study_methods.generator_of(3), torch.float32)
+    (stored,) = parse("pamm:8").store(x, estimators.generator_of(3), torch.float32)
     generators, index, scale = stored.tensors
     (expected,) = weight_gradients(Compressed(generators, index, scale), [dz], [False])
     torch.testing.assert_close(dz.T @ stored.approximation, expected, atol=1e-4, rtol=1e-4)
@@ -98,13 +95,11 @@ def test_the_gate_keeps_only_near_rows_and_rescales() -> None:
 @pytest.mark.parametrize("name", ["pamm", "rows", "hidden", "sketch", "directions"])
 def test_fill_stores_as_much_as_fits(name: str) -> None:
     x = torch.randn(1024, 64)
-    kept = parse(f"{name}:fill=13").store(x, study_methods.generator_of(0), torch.bfloat16)
+    kept = parse(f"{name}:fill=13").store(x, estimators.generator_of(0), torch.bfloat16)
     step = {"pamm": 64 * 2, "rows": 64 * 2 + 4, "sketch": 64 * 2, "hidden": 2048}
     room = 13 * 1024 - kept[0].bytes
     assert 0 <= room < step.get(name, 2 * (1024 + 64))
-    two = parse(f"directions:2+{name}:fill=13").store(
-        x, study_methods.generator_of(0), torch.bfloat16
-    )
+    two = parse(f"directions:2+{name}:fill=13").store(x, estimators.generator_of(0), torch.bfloat16)
     assert sum(each.bytes for each in two) <= 13 * 1024
 
 
@@ -123,14 +118,14 @@ def test_a_mistaken_method_is_explained(text: str, complaint: str) -> None:
 
 
 def test_coded_layers_change_the_matched_weight_gradients_only() -> None:
-    args = study_quality.parse([*TINY])
+    args = quality.parse([*TINY])
     torch.manual_seed(0)
-    plain = study_quality.common.build(args)
+    plain = quality.models.study_model(args)
     batch = {"input_ids": torch.randint(256, (2, 64)), "labels": torch.randint(256, (2, 64))}
     plain(**batch).loss.backward()
     exact = {name: p.grad.clone() for name, p in plain.named_parameters()}
     plain.zero_grad()
-    coders = study_quality.replace_projections(plain, study_quality.TARGETS["qkv"])
+    coders = quality.replace_projections(plain, quality.TARGETS["qkv"])
     assert len(coders) == 1
     coders[0].method = parse("pamm:4")
     plain(**batch).loss.backward()
@@ -138,14 +133,14 @@ def test_coded_layers_change_the_matched_weight_gradients_only() -> None:
     assert {name.split(".")[-2] for name in changed} == {"q_proj", "k_proj", "v_proj"}
 
 
-def test_quality_study(tmp_path: Path) -> None:
+def test_quality_study(run_here: Run, tmp_path: Path) -> None:
     out = tmp_path / "quality.jsonl"
     options = ("--seeds", "0", "1", "--validation-batches", "1", "--out", out)
     methods = ["exact", "pamm:4", "directions:2+pamm:fill=16@2"]
-    run("study_quality.py", *FEW, "--methods", *methods[:2], *options)
+    run_here("benchmarks/quality.py", *FEW, "--methods", *methods[:2], *options)
     # The third run alone is missing.
-    printed = run("study_quality.py", *FEW, "--methods", *methods, *options)
-    runs = study_quality.records(out)
+    printed = run_here("benchmarks/quality.py", *FEW, "--methods", *methods, *options)
+    runs = quality.records(out)
     assert [(r["seed"], r["method"]) for r in runs] == [
         (0, "exact"), (0, "pamm:4"), (1, "exact"), (1, "pamm:4"), (0, methods[2]), (1, methods[2])
     ]  # fmt: skip
@@ -161,19 +156,19 @@ def test_quality_study(tmp_path: Path) -> None:
     assert f"{gap:+.3f}" in printed
 
 
-def test_fine_tuning_starts_from_an_exactly_trained_model(tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_an_exactly_trained_model(run_here: Run, tmp_path: Path) -> None:
     out = tmp_path / "tuning.jsonl"
     options = ("--pretrain", "4", "--seeds", "0", "--validation-batches", "1", "--out", out)
-    run("study_quality.py", *FEW, "--methods", "exact", "pamm:4", *options)
-    exact, pamm = study_quality.records(out)
+    run_here("benchmarks/quality.py", *FEW, "--methods", "exact", "pamm:4", *options)
+    exact, pamm = quality.records(out)
     assert exact["losses"][0] == pamm["losses"][0] < math.log(256) - 0.05
 
 
-def test_fidelity_study(tmp_path: Path) -> None:
+def test_fidelity_study(run_here: Run, tmp_path: Path) -> None:
     methods = ("pamm:128", "pamm:8", "rows:fill=8")
-    printed = run(
-        "study_fidelity.py", *FEW, "--methods", *methods, "--at", "0", "3", "--picture", "pamm:8",
-        "--draws", "2", "--out", tmp_path,
+    printed = run_here(
+        "benchmarks/fidelity.py", *FEW, "--methods", *methods, "--at", "0", "3",
+        "--picture", "pamm:8", "--draws", "2", "--out", tmp_path,
     )  # fmt: skip
     record = json.loads((tmp_path / "fidelity-32-seed0.json").read_text())
     assert len(record["rows"]) == 3 * 2 * 3

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+CHECKOUT = Path(__file__).parents[2]
+EXAMPLES = CHECKOUT / "examples"
 TINY = ("--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "4", "--sequence", "64")
 
 

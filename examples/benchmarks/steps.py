@@ -1,11 +1,11 @@
 """Compare memory, time and loss of training steps: exact torch.compile's settings, and PAMM.
 
-    python examples/benchmark_training.py                      # the preset for this machine
-    python examples/benchmark_training.py --preset ci          # tiny, a minute or two
-    python examples/benchmark_training.py --models gpt2 --layers 4 --batch 4
-    python examples/benchmark_training.py --arms eager "compile + budget 0.99" PAMM
-    python examples/benchmark_training.py --device cuda --time-limit 500
-    python examples/benchmark_training.py --read runs/benchmark.json     # tables and plots anew
+    python examples/benchmarks/steps.py                      # the preset for this machine
+    python examples/benchmarks/steps.py --preset ci          # tiny, a minute or two
+    python examples/benchmarks/steps.py --models gpt2 --layers 4 --batch 4
+    python examples/benchmarks/steps.py --arms eager "compile + budget 0.99" PAMM
+    python examples/benchmarks/steps.py --device cuda --time-limit 500
+    python examples/benchmarks/steps.py --read runs/benchmark.json     # tables and plots anew
 
 Arms: eager, compile, compile with a memory budget of 0.99, 0.8 and 0.5, with aggressive
 recomputation, with every block checkpointed; PAMM, and PAMM with each of these budgets. Every arm's
@@ -18,26 +18,25 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
 import dataclasses
 import json
-import multiprocessing
-import os
-import shlex
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import common
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import torch
-from benchmark import output, peak, worker
-from benchmark.arms import ARMS, REFERENCE, Arm
-from benchmark.presets import PRESETS, Preset
-from benchmark.shapes import SHAPES, Case
 from tqdm import tqdm
+
+from examples.benchmarks import cli, machine, output, worker
+from examples.benchmarks.arms import ARMS, REFERENCE, Arm
+from examples.benchmarks.models import DTYPES, SHAPES, Case
+from examples.benchmarks.presets import PRESETS, Preset
+from examples.benchmarks.processes import Processes, jobs_that_fit
 
 _MEMORY_SHARE = 0.6
 _MODELS_SHARE = 0.8
@@ -45,9 +44,7 @@ _GRACE = 60.0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu or cpu, by device")
     parser.add_argument("--models", nargs="+", choices=SHAPES, help="default: the preset's")
     parser.add_argument(
@@ -55,19 +52,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"default: all; {REFERENCE!r} is always among them",
     )  # fmt: skip
     for field in ("layers", "batch", "sequence", "vocabulary"):
-        parser.add_argument(f"--{field}", type=common.positive, help="default: the preset's")
-    parser.add_argument("--device", default=common.default_device(), help="default: %(default)s")
+        parser.add_argument(f"--{field}", type=cli.positive, help="default: the preset's")
+    parser.add_argument("--device", default=machine.default_device(), help="default: %(default)s")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="bfloat16 is autocast (default: preset's)"
+        "--dtype", choices=DTYPES, help="bfloat16 is autocast (default: the preset's)"
     )
+    parser.add_argument(
+        "--base", choices=("inductor", "aot_eager"), default="inductor",
+        help="aot_eager generates no code: to see that this runs",
+    )  # fmt: skip
     parser.add_argument("--ratio", type=float, help="tokens per generator (default: the preset's)")
-    parser.add_argument("--rounds", type=common.positive, help="timed steps of every arm")
+    parser.add_argument("--rounds", type=cli.positive, help="timed steps of every arm")
     parser.add_argument("--quality-models", nargs="*", choices=SHAPES, help="models to train")
     parser.add_argument("--quality-steps", type=int, help="training steps; 0 trains nothing")
     parser.add_argument("--seeds", type=int, nargs="+", help="of the trainings")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
-    parser.add_argument("--threads", type=common.positive, default=torch.get_num_threads())
-    parser.add_argument("--jobs", type=common.positive, help="arms at once that measure memory")
+    parser.add_argument("--threads", type=cli.positive, default=torch.get_num_threads())
+    parser.add_argument("--jobs", type=cli.positive, help="arms at once that measure memory")
     parser.add_argument("--time-limit", type=float, help="seconds to spend at most, about")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
     parser.add_argument("--read", type=Path, help="measure nothing; write what this file holds")
@@ -107,65 +108,8 @@ def make_case(name: str, preset: Preset, args: argparse.Namespace) -> Case:
         ratio=args.ratio,
         min_tokens=preset.min_tokens,
         threads=args.threads,
+        base=args.base,
     )
-
-
-class Processes:
-    """Starts jobs in processes of their own."""
-
-    def __init__(self, jobs: int) -> None:
-        cores = os.cpu_count() or 1
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // jobs)))
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *_python_path()])
-        methods = multiprocessing.get_all_start_methods()
-        # Processes forked from one that has imported everything start at once. That one is started
-        # here, with malloc's settings, so that they have them, and those that are spawned have not.
-        self._forked = multiprocessing.get_context(
-            "forkserver" if "forkserver" in methods else "spawn"
-        )
-        self._spawned = multiprocessing.get_context("spawn")
-        if "forkserver" in methods:
-            self._forked.set_forkserver_preload(["benchmark.worker"])
-            with _environment(peak.MALLOC):
-                from multiprocessing.forkserver import ensure_running
-
-                ensure_running()
-
-    def run(
-        self, job: Callable[..., dict[str, Any]], *arguments: Any, timeout: float | None = None
-    ) -> dict[str, Any]:
-        """Return what a job returns; if it fails, its error."""
-        context = self._forked if job is worker.memory else self._spawned
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "result.json")
-            process = context.Process(target=worker.entry, args=(path, job, *arguments))
-            process.start()
-            process.join(timeout)
-            if process.is_alive():
-                process.kill()
-                process.join()
-                return {"error": "no time left"}
-            if process.exitcode:
-                return {"error": f"failed with exit code {process.exitcode}"}
-            result: dict[str, Any] = json.loads(Path(path).read_text())
-            return result
-
-
-def _python_path() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-
-
-@contextlib.contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            if value is not None:
-                os.environ[name] = value
 
 
 class Benchmark:
@@ -176,19 +120,16 @@ class Benchmark:
         self.started = time.time()
         names = {REFERENCE, *(args.arms or [arm.name for arm in ARMS])}
         self.arms = [arm for arm in ARMS if arm.name in names]
-        facts: dict[str, Any] = {**common.environment(args), "commit": common.commit()}
-        facts["machine"] = f"{common.processor()}, {args.threads} threads"
-        options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
         self.record: dict[str, Any] = {
-            "command": shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-            "environment": facts,
-            "options": options,
+            "command": machine.command(),
+            "environment": machine.facts(args.device, args.threads),
+            "options": cli.options(args),
             "arms": [arm.name for arm in self.arms],
             "models": {},
             "left_out": [n for n in preset.left_out if n not in args.models],
             "skipped": [],
         }
-        self.processes = Processes(args.jobs)
+        self.processes = Processes(args.device, args.jobs)
 
     def deadline(self, share: float = 1.0) -> float | None:
         """Return when a share of the time limit is spent."""
@@ -219,7 +160,12 @@ class Benchmark:
         half = None if until is None else now + _MEMORY_SHARE * (until - now)
         self._memory(case, model, half)
         result = self.processes.run(
-            worker.times, case, self.arms, self.args.rounds, until, timeout=_left(until, _GRACE)
+            worker.step_times,
+            case,
+            self.arms,
+            self.args.rounds,
+            until,
+            timeout=_left(until, _GRACE),
         )
         for name, reason in result.get("skipped", {}).items():
             model["arms"][name]["not_timed"] = reason
@@ -241,17 +187,26 @@ class Benchmark:
         def job(arm: Arm) -> dict[str, Any]:
             if until is not None and time.time() > until:
                 return {"error": "no time left"}
-            return self.processes.run(worker.memory, case, arm, timeout=_left(until))
+            return self.processes.measure_memory(worker.memory, case, arm, timeout=_left(until))
 
-        with (
-            concurrent.futures.ThreadPoolExecutor(self.args.jobs) as pool,
-            tqdm(total=len(self.arms), unit="arm", desc="memory", dynamic_ncols=True) as bar,
-        ):
-            futures = {pool.submit(job, arm): arm for arm in self.arms}
-            for future in concurrent.futures.as_completed(futures):
-                model["arms"][futures[future].name].update(future.result())
+        with tqdm(total=len(self.arms), unit="arm", desc="memory", dynamic_ncols=True) as bar:
+
+            def done(arm: Arm, result: dict[str, Any]) -> None:
+                model["arms"][arm.name].update(result)
                 self.save()
                 bar.update()
+
+            # By itself, to know how many more of these a device holds at once.
+            first, *rest = self.arms
+            result = job(first)
+            done(first, result)
+            jobs = self.args.jobs
+            if "peak_bytes" in result:
+                jobs = jobs_that_fit(case.device, worker.device_bytes(result), jobs)
+            with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+                futures = {pool.submit(job, arm): arm for arm in rest}
+                for future in concurrent.futures.as_completed(futures):
+                    done(futures[future], future.result())
 
     def train(self, case: Case) -> None:
         """Train one model with several seeds."""
@@ -302,8 +257,7 @@ def main() -> None:
     preset = resolve(args)
     args.out.mkdir(parents=True, exist_ok=True)
     benchmark = Benchmark(args, preset)
-    for name, fact in benchmark.record["environment"].items():
-        print(f"{name:13} {fact}")
+    cli.announce(benchmark.record["environment"])
     cases = [make_case(name, preset, args) for name in args.models]
     end = benchmark.deadline(_MODELS_SHARE if args.quality_steps else 1.0)
     for number, case in enumerate(cases):
@@ -318,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from benchmark.shapes import SHAPES, Shape
+from examples.benchmarks.models import SHAPES, Shape
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The text that the examples train on, as bytes, from what every Python has installed."""
+"""The text that benchmarks train on, as bytes, from what every Python has installed."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def draw(
 
     Args:
         text: uint8 [bytes].
-        model: one of `common.MODELS`; "roberta" gets 15 % of its bytes masked.
+        model: one of the families of `models.SHAPES`; "roberta" gets 15 % of its bytes masked.
         batch: windows.
         sequence: bytes a window.
         generator: decides which.
@@ -79,25 +79,3 @@ def draw(
         return {"input_ids": ids, "labels": ids.clone()}
     masked = torch.rand(ids.shape, generator=generator) < _MASKED_SHARE
     return {"input_ids": ids.masked_fill(masked, _MASK), "labels": ids.masked_fill(~masked, -100)}
-
-
-class Windows(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Random windows of a text, for trainers that make batches themselves.
-
-    Args:
-        text: uint8 [bytes].
-        model: one of `common.MODELS`.
-        count: how many windows; each is drawn by its number.
-        sequence: bytes a window.
-    """
-
-    def __init__(self, text: Tensor, model: str, count: int, sequence: int) -> None:
-        self.text, self.model, self.count, self.sequence = text, model, count, sequence
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(number)
-        batch = draw(self.text, self.model, 1, self.sequence, generator)
-        return {name: each[0] for name, each in batch.items()}

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import json
+import dataclasses
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import common
-import corpus
 import torch
-import train
 from torch import Tensor
 
 import pamm_compile
-from benchmark import arms, peak, shapes
-from benchmark.arms import Arm
-from benchmark.shapes import Case
+from examples.benchmarks import arms, corpus, models, peak, training
+from examples.benchmarks.arms import Arm
+from examples.benchmarks.models import Case
+from examples.benchmarks.timing import in_turn, seconds
 
 PEAKS = 3
 WARMUP = 2
@@ -29,24 +26,22 @@ COMPILE_SHARE = 0.7
 LEAST_ROUNDS = 3
 
 
-def entry(path: str, job: Callable[..., dict[str, Any]], *arguments: Any) -> None:
-    """Run a job in a process of its own, and leave what it returns in a file."""
-    case = arguments[0]
+def set_up(case: Case) -> None:
+    """Set threads, and let Dynamo keep the code of all arms of one function."""
     torch.set_num_threads(case.threads)
-    # Every arm compiles the same functions, and Dynamo counts the results per function.
     torch._dynamo.config.recompile_limit = 8 * len(arms.ARMS)
-    Path(path).write_text(json.dumps(job(*arguments)))
 
 
 def memory(case: Case, arm: Arm) -> dict[str, Any]:
     """Measure the bytes of one arm's step."""
-    model, batch = shapes.make_model(case), shapes.make_batch(case)
+    set_up(case)
+    model, batch = models.make_model(case), models.make_batch(case)
     started = time.perf_counter()
     if arm.pamm:
         arms.pamm_backend(case).report.clear()
     loss = arms.loss_function(arms.compile_arm(arm, model, case), batch, case)
     arms.train_step(loss, model)
-    seconds = time.perf_counter() - started
+    first_step = time.perf_counter() - started
     used = pamm_compile.measure_memory(loss, model=model, warmup=0)
     # The first may still fill caches of the libraries.
     peaks = [peak.measure(lambda: arms.train_step(loss, model), case.device) for _ in range(PEAKS)]
@@ -59,7 +54,7 @@ def memory(case: Case, arm: Arm) -> dict[str, Any]:
         "peak_bytes": statistics.median(bytes_ for bytes_, _ in peaks),
         "peaks_bytes": [bytes_ for bytes_, _ in peaks],
         "peak_source": peaks[0][1],
-        "first_step_s": seconds,
+        "first_step_s": first_step,
     }
     if arm.pamm:
         report = arms.pamm_backend(case).report
@@ -71,7 +66,15 @@ def memory(case: Case, arm: Arm) -> dict[str, Any]:
     return result
 
 
-def times(
+def device_bytes(measured: dict[str, Any]) -> int:
+    """Return what a job that measures another arm of the same model may need of a device.
+
+    Twice what this arm took, since eager and others take more, and what CUDA itself does.
+    """
+    return 2**30 + 2 * int(measured["peak_bytes"] + 4 * measured["parameters"])
+
+
+def step_times(
     case: Case, chosen: Sequence[Arm], rounds: int, deadline: float | None = None
 ) -> dict[str, Any]:
     """Time forward and backward of all arms in turn.
@@ -85,7 +88,8 @@ def times(
     """
     now = time.time()
     compiled_by = math.inf if deadline is None else now + COMPILE_SHARE * (deadline - now)
-    model, batch = shapes.make_model(case), shapes.make_batch(case)
+    set_up(case)
+    model, batch = models.make_model(case), models.make_batch(case)
     device = torch.device(case.device)
     losses: dict[str, Callable[[], Tensor]] = {}
     skipped: dict[str, str] = {}
@@ -102,57 +106,49 @@ def times(
             skipped[arm.name] = str(error).splitlines()[0]
             continue
         losses[arm.name] = loss
-    seconds: dict[str, list[float]] = {name: [] for name in losses}
-    names = list(losses)
+    times: dict[str, list[float]] = {name: [] for name in losses}
     for round_ in range(rounds):
         if deadline is not None and time.time() > deadline and round_ >= LEAST_ROUNDS:
             break
-        # Whoever comes after another arm finds other caches than whoever comes before it.
-        first = round_ % len(names)
-        for name in names[first:] + names[:first]:
-            common.synchronize(device)
-            start = time.perf_counter()
-            arms.train_step(losses[name], model)
-            common.synchronize(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {"seconds": seconds, "skipped": skipped}
+        for name in in_turn(list(losses), round_):
+            step = functools.partial(arms.train_step, losses[name], model)
+            times[name].append(seconds(step, device))
+    return {"seconds": times, "skipped": skipped}
 
 
 def quality(case: Case, ratios: Sequence[float], steps: int, rate: float) -> dict[str, Any]:
     """Train with exact torch.compile and with PAMM, on the same data from the same weights."""
-    device, text = torch.device(case.device), corpus.Text()
-    options = argparse.Namespace(
-        model=case.shape.family,
-        batch=case.batch,
-        sequence=case.shape.sequence,
-        device=case.device,
-        dtype=case.dtype,
-        seed=case.seed,
-        steps=steps,
-        lr=rate,
-        validation_batches=4,
-    )
-    chosen: list[tuple[str, Any]] = [(arms.REFERENCE, "inductor")]
+    set_up(case)
+    text = corpus.Text()
+
+    def data(of: Tensor, seed: int) -> Any:
+        sizes = (case.shape.family, case.batch, case.shape.sequence)
+        return training.batches(of, *sizes, seed, case.device)
+
+    chosen: list[tuple[str, Any]] = [(arms.REFERENCE, case.base)]
     for ratio in ratios:
-        backend = pamm_compile.backend(ratio=ratio, min_tokens=case.min_tokens)
+        backend = arms.pamm_backend(dataclasses.replace(case, ratio=ratio))
         chosen.append((f"PAMM, ratio {ratio:g}", backend))
     runs = []
     for name, backend in chosen:
-        model = shapes.make_model(case)
+        model = models.make_model(case)
         compiled = torch.compile(model, backend=backend, dynamic=False)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1
-        )
-        runs.append(train.Run(name, model, compiled, optimizer))
-    train.train(runs, text, options)
-    common.synchronize(device)
+        loss = functools.partial(_loss, compiled, case)
+        runs.append(training.Run(name, model, loss, training.optimizer_of(model, rate)))
+    training.train_side_by_side(runs, data(text.train, case.seed), steps, rate)
     last = max(1, math.ceil(steps / 5))
     return {
         run.name: {
             "losses": run.losses,
             "train_loss": statistics.fmean(run.losses[-last:]),
-            "validation_loss": train.validate(run, text, options),
-            "seconds": run.times,
+            "validation_loss": training.validate(run.model, data(text.validation, 0), 4),
+            "seconds": run.seconds,
         }
         for run in runs
     }
+
+
+def _loss(model: Callable[..., Any], case: Case, batch: dict[str, Tensor]) -> Tensor:
+    with models.precision(case):
+        result: Tensor = model(**batch).loss
+    return result

@@ -1,10 +1,10 @@
 """Train small language models with approximate weight gradients of several kinds, and compare.
 
-    python examples/study_quality.py --methods exact pamm:16 directions:4+pamm:16 --seeds 0 1 2
-    python examples/study_quality.py --methods exact pamm:8 pamm:32 --pretrain 300 --lr 5e-4
-    python examples/study_quality.py --table runs/quality.jsonl
+    python examples/benchmarks/quality.py --methods exact pamm:16 directions:4+pamm:16 --seeds 0 1 2
+    python examples/benchmarks/quality.py --methods exact pamm:8 pamm:32 --pretrain 300 --lr 5e-4
+    python examples/benchmarks/quality.py --table runs/quality.jsonl
 
-study_methods.py has the methods, and how they are written. Only the weight gradients of the
+estimators.py has the methods, and how they are written. Only the weight gradients of the
 projections are approximated, as PAMM does; training is fp32 and eager, and what a method stores is
 rounded to bfloat16. Every run is one line of JSON in --out; runs that are already there are not
 repeated, so that a study may be interrupted. Losses are in nats a byte.
@@ -18,19 +18,23 @@ import json
 import math
 import re
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
-import corpus
-import study_methods
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import torch
-from study_methods import Method
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from examples.benchmarks import cli, corpus, estimators, machine, models, training
+from examples.benchmarks.estimators import Method
 
 TARGETS = {
     "qkv": r"\.(q|k|v)_proj$",
@@ -56,7 +60,7 @@ class Coder:
         """Return X̂ of an input [..., n] as [b, n]."""
         if x is not self._of:
             assert self.method is not None
-            generator = study_methods.generator_of(*self.key, self.number)
+            generator = estimators.generator_of(*self.key, self.number)
             flat = x.detach().flatten(0, -2)
             stored = self.method.store(flat, generator, torch.bfloat16)
             self.stored_bytes = sum(each.bytes for each in stored)
@@ -117,13 +121,11 @@ def replace_projections(model: nn.Module, pattern: str) -> list[Coder]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=["exact", "pamm:16"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", choices=TARGETS, default="qkv")
-    parser.add_argument("--steps", type=common.positive, default=300)
+    parser.add_argument("--steps", type=cli.positive, default=300)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument(
         "--pretrain",
@@ -131,14 +133,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="train exactly for so many steps on code first, then on prose by each method",
     )
-    parser.add_argument("--validation-batches", type=common.positive, default=16)
+    parser.add_argument("--validation-batches", type=cli.positive, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/quality.jsonl"))
     parser.add_argument("--table", type=Path, nargs="+", help="print what these files hold instead")
-    common.add_model_options(parser)
-    args = parser.parse_args(arguments)
-    if args.model != "llama":
-        parser.error("the studies know the projections of --model llama only")
-    return args
+    cli.add_study_options(parser)
+    return parser.parse_args(arguments)
 
 
 def train(
@@ -158,12 +157,12 @@ def train(
     is_exact = method.text == "exact"
     losses = []
     for step in range(steps):
-        batch = corpus.draw(text.train, args.model, args.batch, args.sequence, draws)
+        batch = corpus.draw(text.train, "llama", args.batch, args.sequence, draws)
         for coder in coders:
             coder.method = None if is_exact or step < method.exact_steps else method
             coder.key = (seed, step)
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, steps, args.lr)
+            group["lr"] = training.learning_rate(step, steps, args.lr)
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
@@ -180,7 +179,7 @@ def validate(model: nn.Module, text: corpus.Text | corpus.Prose, args: argparse.
     draws = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(args.validation_batches):
-        batch = corpus.draw(text.validation, args.model, args.batch, args.sequence, draws)
+        batch = corpus.draw(text.validation, "llama", args.batch, args.sequence, draws)
         losses.append(model(**batch).loss.item())
     return statistics.fmean(losses)
 
@@ -213,18 +212,18 @@ def run_one(
         "validation": validate(model, text, args),
         "losses": [round(loss, 4) for loss in losses],
         "seconds": round(time.perf_counter() - started, 1),
-        "environment": common.environment(args),
+        "environment": machine.facts(),
     }
 
 
 def pretrained(text: corpus.Text | corpus.Prose, seed: int, args: argparse.Namespace) -> nn.Module:
     """Return a model with random weights, trained exactly for the --pretrain steps."""
     torch.manual_seed(seed)
-    model = common.build(args)
+    model = models.study_model(args)
     if args.pretrain:
         exact = copy.copy(args)
         exact.lr = 2e-3
-        train(model, [], study_methods.parse("exact"), text, args.pretrain, seed, exact)
+        train(model, [], estimators.parse("exact"), text, args.pretrain, seed, exact)
     return model
 
 
@@ -278,8 +277,8 @@ def main() -> None:
     if args.table:
         print(table(run for path in args.table for run in records(path)))
         return
-    common.prepare(args)
-    methods = [study_methods.parse(method) for method in args.methods]
+    cli.prepare_study(args)
+    methods = [estimators.parse(method) for method in args.methods]
     # What a model is then tuned on it must not have seen before.
     text = corpus.Text(without=("pydoc_data",)) if args.pretrain else corpus.Text()
     tuned = corpus.Prose() if args.pretrain else text
@@ -307,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import pamm_compile
-from benchmark.arms import ARMS, REFERENCE, Arm, precision, variant
-from benchmark.shapes import Case, make_model
+from examples.benchmarks.arms import ARMS, REFERENCE, Arm, variant
+from examples.benchmarks.models import Case, make_model, precision
 from pamm_compile.inspect.measure import saved_storages
+from pamm_compile.options import Targets
 
-WEIGHTS = "bfloat16-weights"
-"""The dtype of a case whose weights are bfloat16 too."""
-
-
-TARGETS: dict[str, pamm_compile.config.Targets] = {
+TARGETS: dict[str, Targets] = {
     "Q, K, V": "qkv",
     "gate, up": re.compile(r"\b(gate|up)_proj\b"),
     "gate, up, down": re.compile(r"\b(gate|up|down)_proj\b"),
@@ -34,14 +31,9 @@ TARGETS: dict[str, pamm_compile.config.Targets] = {
 @contextmanager
 def fake_model(case: Case) -> Iterator[tuple[nn.Module, dict[str, Tensor]]]:
     """Yield a model and a batch without memory, within which everything is fake."""
-    before = torch.get_default_dtype()
     # Checkpointing saves the state of the real random-number generator.
     with FakeTensorMode(allow_non_fake_inputs=True):
-        torch.set_default_dtype(torch.bfloat16 if case.dtype == WEIGHTS else torch.float32)
-        try:
-            model = make_model(case)
-        finally:
-            torch.set_default_dtype(before)
+        model = make_model(case)
         ids = torch.zeros(case.batch, case.shape.sequence, dtype=torch.long, device=case.device)
         with precision(case):
             yield model, {"input_ids": ids, "labels": ids.clone()}

@@ -1,42 +1,46 @@
 """The paper's table of Q, K and V memory, and what every arm saves, at full size, by fake tensors.
 
-    python examples/paper_table.py                                  # everything, tens of minutes
-    python examples/paper_table.py --models llama-60m --only qkv    # less than a minute
+    python examples/benchmarks/partitions.py                               # tens of minutes
+    python examples/benchmarks/partitions.py --models llama-60m --only qkv    # less than one
 
 Nothing is computed: models are traced, rewritten and partitioned as torch.compile does, with
 tensors that have no memory, and the bytes that cross from forward to backward are added up. Times
-and peaks need a machine: benchmark_training.py.
+and peaks need a machine: steps.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import common
-from benchmark import partitions
-from benchmark.arms import ARMS, REFERENCE
-from benchmark.shapes import DEVICE_TOKENS, NAMES, SHAPES, Case
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from tqdm import tqdm
+
+from examples.benchmarks import cli, full_size, machine
+from examples.benchmarks.arms import ARMS, REFERENCE
+from examples.benchmarks.models import DEVICE_TOKENS, DTYPES, NAMES, SHAPES, WEIGHTS, Case
+from examples.benchmarks.tables import mebibytes
 
 TABLES = ("qkv", "arms", "targets")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     llamas = [name for name in SHAPES if name.startswith("llama")]
-    parser.add_argument("--models", nargs="+", choices=llamas, default=llamas, help="default: all")
+    parser.add_argument(
+        "--models", nargs="+", choices=llamas, default=llamas[:3], help="default: 60M, 350M, 1B"
+    )
     parser.add_argument("--only", choices=TABLES, help="default: all tables")
     parser.add_argument(
         "--tokens",
-        type=common.positive,
+        type=cli.positive,
         default=DEVICE_TOKENS,
         help="a step on one device, in sequences of 256 (default: %(default)s)",
     )
@@ -49,13 +53,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", partitions.WEIGHTS),
-        default=partitions.WEIGHTS,
+        choices=DTYPES,
+        default=WEIGHTS,
         help="bfloat16 is autocast, with float32 weights (default: %(default)s)",
     )
-    parser.add_argument("--layers", type=common.positive, help="default: each model's")
-    parser.add_argument("--width", type=common.positive, help="default: each model's")
-    parser.add_argument("--vocabulary", type=common.positive, help="default: 32,000")
+    parser.add_argument("--layers", type=cli.positive, help="default: each model's")
+    parser.add_argument("--width", type=cli.positive, help="default: each model's")
+    parser.add_argument("--vocabulary", type=cli.positive, help="default: 32,000")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
     return parser.parse_args(arguments)
 
@@ -90,7 +94,7 @@ def qkv_table(models: dict[str, Any]) -> list[str]:
             )
             lines.append(
                 f"| {NAMES[name]} | 1/{ratio} | {row['generators']} "
-                f"| {common.mebibytes(exact)} "
+                f"| {mebibytes(exact)} "
                 f"| {alone / 2**20:.2f} | 1/{exact / alone:.0f} "
                 f"| {whole / 2**20:.2f} | 1/{exact / whole:.0f} |"
             )
@@ -146,15 +150,12 @@ def targets_table(models: dict[str, Any]) -> list[str]:
 def main() -> None:
     args = parse()
     tables = (args.only,) if args.only else TABLES
-    args.device = "cpu"
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / (f"partitions-{args.only}.json" if args.only else "partitions.json")
-    options = {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
-    facts = {**common.environment(args), "commit": common.commit()}
     record: dict[str, Any] = {
-        "command": shlex.join(["python", f"examples/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "environment": facts,
-        "options": options,
+        "command": machine.command(),
+        "environment": machine.facts(),
+        "options": cli.options(args),
         "models": {},
     }
     started = time.time()
@@ -171,19 +172,19 @@ def main() -> None:
             model = record["models"][name] = {"cuts": case.cuts(), "tokens": case.tokens}
             if "qkv" in tables:
                 bar.set_description(f"{name}, Q, K and V")
-                model["qkv"] = partitions.qkv(case, args.ratios)
+                model["qkv"] = full_size.qkv(case, args.ratios)
                 save()
                 bar.update()
             if "arms" in tables:
                 model["arms"] = {}
-                for arm, found in partitions.frontier(case):
+                for arm, found in full_size.frontier(case):
                     model["arms"][arm] = found
                     save()
                     bar.set_description(f"{name}, {arm}")
                     bar.update()
             if "targets" in tables:
                 bar.set_description(f"{name}, targets")
-                model["targets"] = partitions.targets(case, args.budgets)
+                model["targets"] = full_size.targets(case, args.budgets)
                 save()
                 bar.update()
     lines = [f"{model['cuts']}." for model in record["models"].values()]
@@ -196,4 +197,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

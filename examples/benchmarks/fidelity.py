@@ -1,14 +1,14 @@
 """Compare approximate weight gradients with the exact ones while a model trains exactly.
 
-    python examples/study_fidelity.py
-    python examples/study_fidelity.py --hidden 512 --heads 8 --layers 2 --batch 8 --lr 1e-3
+    python examples/benchmarks/fidelity.py
+    python examples/benchmarks/fidelity.py --hidden 512 --heads 8 --layers 2 --batch 8 --lr 1e-3
 
 At some steps of exact training the inputs X and output gradients dZ of every Q, K and V projection
 are kept, and dZᵀ X̂ of each method is compared with dZᵀ X: cosine, relative error, and how much of
 the error is bias (it stays when many draws are averaged) and how much is noise. At the end rows of
 one X are drawn in their first two principal components, coloured by generator.
 
-study_methods.py has the methods, and how they are written.
+estimators.py has the methods, and how they are written.
 """
 
 from __future__ import annotations
@@ -16,30 +16,32 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import common
-import corpus
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import study_methods
 import torch
-from study_methods import Method
 from torch import Tensor, nn
+
+from examples.benchmarks import cli, corpus, estimators, machine, models, training
+from examples.benchmarks.estimators import Method
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 _SHOWN_ROWS = 1500
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -54,19 +56,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             "sketch:fill=16",
         ],
     )
-    parser.add_argument("--steps", type=common.positive, default=300)
+    parser.add_argument("--steps", type=cli.positive, default=300)
     parser.add_argument(
         "--at", type=int, nargs="+", help="steps to compare at (default: five over the training)"
     )
-    parser.add_argument("--draws", type=common.positive, default=8, help="default: 8")
+    parser.add_argument("--draws", type=cli.positive, default=8, help="default: 8")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--picture", default="pamm:16", help="method to draw (default: pamm:16)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
-    common.add_model_options(parser)
-    args = parser.parse_args(arguments)
-    if args.model != "llama":
-        parser.error("the studies know the projections of --model llama only")
-    return args
+    parser.add_argument("--seed", type=int, default=0)
+    cli.add_study_options(parser)
+    return parser.parse_args(arguments)
 
 
 class Recorder:
@@ -112,7 +112,7 @@ def compare(
     stored = 0
     exact = {name: dz.T @ x for name, dz in gradients.items()}
     for draw in range(draws):
-        kept = method.store(x, study_methods.generator_of(*key, draw), torch.bfloat16)
+        kept = method.store(x, estimators.generator_of(*key, draw), torch.bfloat16)
         stored = sum(each.bytes for each in kept)
         approximation = torch.stack([each.approximation for each in kept]).sum(0)
         for name, dz in gradients.items():
@@ -214,7 +214,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
 def picture(x: Tensor, method: Method, seed: int, title: str, path: Path) -> None:
     """Draw rows of X and their approximations in the first two principal components of X."""
-    stored = method.store(x, study_methods.generator_of(seed), torch.bfloat16)
+    stored = method.store(x, estimators.generator_of(seed), torch.bfloat16)
     index = next((each.index for each in stored if each.index is not None), None)
     if index is None:
         raise SystemExit(f"--picture {method.text} has no generators to colour by")
@@ -244,15 +244,16 @@ def picture(x: Tensor, method: Method, seed: int, title: str, path: Path) -> Non
 
 def main() -> None:
     args = parse()
-    common.prepare(args)
-    facts = common.environment(args)
-    methods = [study_methods.parse(method) for method in args.methods]
-    picture_method = study_methods.parse(args.picture)
+    cli.prepare_study(args)
+    torch.manual_seed(args.seed)
+    facts = machine.facts()
+    methods = [estimators.parse(method) for method in args.methods]
+    picture_method = estimators.parse(args.picture)
     last = args.steps - 1
     wanted = sorted(
         set(args.at or [0, args.steps // 10, args.steps // 3, 2 * args.steps // 3, last])
     )
-    model = common.build(args)
+    model = models.study_model(args)
     recorder = Recorder(model)
     text = corpus.Text()
     optimizer = torch.optim.AdamW(
@@ -263,9 +264,9 @@ def main() -> None:
     losses = []
     for step in range(args.steps):
         recorder.enabled = step in wanted
-        batch = corpus.draw(text.train, args.model, args.batch, args.sequence, draws)
+        batch = corpus.draw(text.train, "llama", args.batch, args.sequence, draws)
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(step, args.steps, args.lr)
+            group["lr"] = training.learning_rate(step, args.steps, args.lr)
         optimizer.zero_grad()
         loss = model(**batch).loss
         loss.backward()
@@ -281,7 +282,7 @@ def main() -> None:
     what = f"{args.layers} layers of width {args.hidden}, {args.batch * args.sequence:,} tokens"
     record = {
         "environment": facts,
-        "options": {n: str(v) if isinstance(v, Path) else v for n, v in vars(args).items()},
+        "options": cli.options(args),
         "rows": rows,
         "losses": losses,
     }
@@ -297,4 +298,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import common
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from benchmark import verdict
-from benchmark.arms import ARMS, REFERENCE, Arm
-from benchmark.shapes import NAMES
+from examples.benchmarks import verdict
+from examples.benchmarks.arms import ARMS, REFERENCE, Arm
+from examples.benchmarks.models import NAMES
+from examples.benchmarks.tables import mebibytes
+from examples.benchmarks.timing import paired_ratios, quartiles
 
 Model = Mapping[str, Any]
 METRICS = {"peak": "peak_bytes", "saved": "saved_bytes"}
@@ -38,7 +39,7 @@ def conclude(model: dict[str, Any]) -> None:
         return
     reference = arms[REFERENCE]
     for arm in arms.values():
-        ratio = verdict.quartiles(verdict.paired_ratios(arm["times_s"], reference["times_s"]))
+        ratio = quartiles(paired_ratios(arm["times_s"], reference["times_s"]))
         arm["time_ratio"] = ratio._asdict()
         arm["step_s"] = statistics.median(arm["times_s"])
         arm["throughput_ratio"] = 1 / ratio.median
@@ -46,8 +47,8 @@ def conclude(model: dict[str, Any]) -> None:
             arm[f"{metric}_ratio"] = arm[field] / reference[field]
     for mine, theirs in twins(arms):
         times = (arms[name]["times_s"] for name in (mine, theirs))
-        ratios = verdict.paired_ratios(*times)
-        arms[mine]["time_ratio_at_same_setting"] = verdict.quartiles(ratios)._asdict()
+        ratios = paired_ratios(*times)
+        arms[mine]["time_ratio_at_same_setting"] = quartiles(ratios)._asdict()
     pamm = [arm.name for arm in ARMS if arm.pamm and arm.name in arms]
     exact = [arm.name for arm in ARMS if not arm.pamm and arm.name in arms]
     model["verdicts"], model["pareto"] = {}, {}
@@ -112,7 +113,7 @@ def model_table(model: Model) -> list[str]:
         else:
             seconds, by = arm.get("not_timed", "–"), "–"
         if "saved_bytes" in arm:
-            saved, peak = map(common.mebibytes, (arm["saved_bytes"], arm["peak_bytes"]))
+            saved, peak = map(mebibytes, (arm["saved_bytes"], arm["peak_bytes"]))
             loss = f"{arm['loss']:.4f}"
         else:
             saved, peak, loss = "–", arm.get("error", "–"), "–"
@@ -179,7 +180,7 @@ def markdown(record: Mapping[str, Any]) -> str:
         if model.get("quality"):
             lines += [*quality_table(model["quality"]), ""]
     for name in record["left_out"]:
-        lines.append(f"{NAMES[name]} is left to `paper_table.py` on this machine.")
+        lines.append(f"{NAMES[name]} is left to `partitions.py` on this machine.")
     if record["skipped"]:
         lines += ["", "Not done for want of time: " + ", ".join(record["skipped"]) + "."]
     return "\n".join(lines).rstrip() + "\n"

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from examples.benchmarks.timing import paired_ratios, quartiles
+
 TOLERANCE = 0.01
 """Memory that differs by less than this fraction counts as equal."""
-
-
-class Quartiles(NamedTuple):
-    """Where the middle half of some figures lies."""
-
-    low: float
-    median: float
-    high: float
 
 
 class Figures(NamedTuple):
@@ -25,18 +18,6 @@ class Figures(NamedTuple):
     """Bytes."""
     seconds: Sequence[float]
     """Of each round."""
-
-
-def quartiles(figures: Sequence[float]) -> Quartiles:
-    """Return median and quartiles; of a single figure, three times itself."""
-    if len(figures) == 1:
-        return Quartiles(*figures * 3)
-    return Quartiles(*statistics.quantiles(figures, n=4, method="inclusive"))
-
-
-def paired_ratios(mine: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Return the ratios of two arms' times, round by round."""
-    return [a / b for a, b in zip(mine, theirs, strict=True)]
 
 
 def compare_time(mine: Sequence[float], theirs: Sequence[float]) -> int:

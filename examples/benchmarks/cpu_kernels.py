@@ -1,7 +1,7 @@
 """Time the CPU kernels of PAMM against other ways to write them, and against the exact gradient.
 
-    python examples/benchmark_cpu_kernels.py            # about a minute
-    python examples/benchmark_cpu_kernels.py --smoke    # seconds
+    python examples/benchmarks/cpu_kernels.py            # about a minute
+    python examples/benchmarks/cpu_kernels.py --smoke    # seconds
 
 Every round times every candidate once, in random order; a figure is the median over the rounds of
 its time divided by that of the exact weight gradient dZᵀX in the same round, so that a machine that
@@ -12,18 +12,25 @@ is the thread's CPU time, for machines that are not otherwise idle.
 
 from __future__ import annotations
 
-import argparse
 import platform
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from examples.benchmarks import cli, machine, tables
+from examples.benchmarks.timing import paired_ratios
 from pamm_compile.methods.pamm import assign, contract, index_dtype
 from pamm_compile.methods.pamm.compression import Compressed, weight_gradients
 
@@ -169,23 +176,8 @@ def measure(kernels: dict[str, Kernel], rounds: int) -> dict[str, list[float]]:
     return seconds
 
 
-def paired_ratio(times: list[float], exact: list[float]) -> float:
-    return statistics.median(t / e for t, e in zip(times, exact, strict=True))
-
-
-def processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
-            names = [line.split(":")[1].strip() for line in info if line.startswith("model name")]
-        return names[0]
-    except (OSError, IndexError):
-        return platform.processor() or platform.machine()
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = cli.parser(__doc__)
     parser.add_argument("--shapes", default=SHAPES, help="b×n×k, comma-separated: %(default)s")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of: " + ", ".join(DTYPES))
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds (%(default)s)")
@@ -200,7 +192,9 @@ def main() -> None:
     if args.smoke:
         shapes, rounds = [(512, 64, 8)], 3
 
-    print(f"{processor()}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(
+        f"{machine.processor()}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}"
+    )
     print(f"torch {torch.__version__}, Python {platform.python_version()}, {rounds} rounds, m = 3n")
     for dtype in args.dtypes.split(","):
         columns: dict[str, dict[str, str]] = {}
@@ -208,14 +202,13 @@ def main() -> None:
             with torch.no_grad():
                 seconds = measure(candidates(b, n, k, 3 * n, DTYPES[dtype]), rounds)
             column = columns[f"{b}×{n}, k={k}"] = {
-                name: f"{paired_ratio(times, seconds['exact']):.3f}"
+                name: f"{statistics.median(paired_ratios(times, seconds['exact'])):.3f}"
                 for name, times in seconds.items()
             }
             column["exact"] = f"{statistics.median(seconds['exact']) * 1e3:.2f} ms"
-        print(f"\n| {dtype} | " + " | ".join(columns) + " |")
-        print("|---|" + "--:|" * len(columns))
-        for name in next(iter(columns.values())):
-            print(f"| {name} | " + " | ".join(column[name] for column in columns.values()) + " |")
+        names = next(iter(columns.values()))
+        rows = [[name, *(column[name] for column in columns.values())] for name in names]
+        print("\n" + "\n".join(tables.markdown([dtype, *columns], rows)))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,0 @@
-"""The parts of benchmark_training.py and paper_table.py."""

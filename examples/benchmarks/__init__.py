@@ -1,0 +1,24 @@
+"""Benchmarks and studies: what docs/results.md prints comes from the scripts of this folder.
+
+    python examples/benchmarks/steps.py            from anywhere, also from a checkout not installed
+    python -m examples.benchmarks.steps            the same, from the checkout
+
+A script that is run by its path finds its own folder at the head of sys.path, where names such as
+`kernels` would hide installed packages. Each therefore begins by putting the checkout there, which
+is where `python -m` looks: then `examples.benchmarks` and `pamm_compile` are found, and nothing
+else is. Processes that a script starts are given the same path.
+
+| asked | script |
+|---|---|
+| memory, time and loss of whole training steps | steps.py |
+| saved bytes of models of full size, without running them | partitions.py |
+| the loss after training, by method | quality.py |
+| the gradients themselves, by method | fidelity.py |
+| the time of compiling | compile_time.py |
+| kernels on a GPU, on a CPU | kernels.py, cpu_kernels.py |
+| all that is worth measuring in half an hour on a GPU | gpu_session.py |
+| the tables in docs/, from records in docs/benchmarks/ | results.py |
+
+What they share is each in one module: models (and their sizes), corpus, machine, timing, tables,
+training, estimators (methods that are compared only), processes, cli.
+"""
