@@ -14,6 +14,9 @@ from pamm_compile.inspect.compare import Arm, Comparison, compare_memory
 from pamm_compile.inspect.explain import explain
 from pamm_compile.inspect.measure import MemoryUse, SavedStorage, measure_memory
 from pamm_compile.inspect.predict import Prediction, predict_saved
+from pamm_compile.methods import register_method
+from pamm_compile.methods.base import Cost, Method, Size
+from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.report import GraphReport, Note, Report, SiteReport
 from pamm_compile.sites.reasons import Reason
 from pamm_compile.torch_backend import Backend, backend
@@ -22,18 +25,22 @@ __all__ = [
     "Arm",
     "Backend",
     "Comparison",
+    "Cost",
     "GraphReport",
     "InvalidOptionError",
     "MeasurementError",
     "MemoryUse",
+    "Method",
     "Note",
     "NothingMatchedError",
+    "Pamm",
     "PammError",
     "Prediction",
     "Reason",
     "Report",
     "SavedStorage",
     "SiteReport",
+    "Size",
     "UnsupportedTorchError",
     "UnsupportedTrainerError",
     "__version__",
@@ -43,4 +50,5 @@ __all__ = [
     "measure_memory",
     "predict_saved",
     "register_attention",
+    "register_method",
 ]

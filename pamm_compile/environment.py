@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pamm_compile.checks import unknown_option
 from pamm_compile.errors import InvalidOptionError
-from pamm_compile.options import Options, unknown_option
+from pamm_compile.graph.pipeline import DISABLE
+from pamm_compile.options import Options
+from pamm_compile.rules import NAMED_TARGETS
 
 PREFIX = "PAMM_COMPILE_"
 
@@ -35,7 +38,7 @@ def options_from_environment(environment: Mapping[str, str] = os.environ) -> dic
     """
     variables = environment_variables()
     found: dict[str, Any] = {}
-    for variable in sorted(name for name in environment if name.startswith(PREFIX)):
+    for variable in sorted(n for n in environment if n.startswith(PREFIX) and n != DISABLE):
         if variable not in variables:
             raise unknown_option(variable, tuple(variables))
         name, text = variables[variable], environment[variable]
@@ -65,15 +68,21 @@ def _flag(text: str) -> bool | str:
 
 def _targets(text: str) -> re.Pattern[str] | str:
     # An empty expression matches every name, which nobody means by an empty variable.
-    if text in ("qkv", "linear", ""):
+    if text in (*NAMED_TARGETS, ""):
         return text
     try:
         return re.compile(text)
     except re.error as error:
         raise InvalidOptionError(
-            f"targets={text!r} is no regular expression: {error}. targets must be 'qkv', 'linear' "
-            "or a regular expression that parameter names are searched for."
+            f"targets={text!r} is no regular expression: {error}. targets must be "
+            f"{' or '.join(map(repr, NAMED_TARGETS))} or a regular expression that parameter "
+            "names are searched for."
         ) from None
 
 
-_PARSERS: Mapping[str, Callable[[str], Any]] = {"strict": _flag, "targets": _targets}
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
+    "strict": _flag,
+    "siblings": _flag,
+    "targets": _targets,
+    "rules": str,
+}

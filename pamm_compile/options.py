@@ -2,43 +2,26 @@
 
 from __future__ import annotations
 
-import difflib
-import math
-import numbers
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from pamm_compile import checks
+from pamm_compile.checks import unknown_option
 from pamm_compile.errors import InvalidOptionError
-from pamm_compile.methods.pamm.compression import Sampling
+from pamm_compile.methods.pamm.method import Pamm
+from pamm_compile.rules import Rule, Rules, check_target, make_rules
 
 Base = Literal["inductor", "aot_eager"]
-Targets = Literal["qkv", "linear"] | re.Pattern[str]
+Goal = Literal["memory", "speed", "any"]
+Targets = Literal["qkv", "attention", "mlp", "head", "linear"] | re.Pattern[str]
 
 _SEED_LIMIT = 2**31
 
-
-def _reject(name: str, given: object, allowed: str, hint: str) -> InvalidOptionError:
-    return InvalidOptionError(f"{name}={given!r} is not allowed: {name} must be {allowed}. {hint}")
-
-
-def _number(name: str, given: object, allowed: str, hint: str) -> float:
-    # bool is an int to Python, and NaN passes every "not less than": both are mistakes here.
-    if isinstance(given, bool) or not isinstance(given, numbers.Real) or math.isnan(given):
-        raise _reject(name, given, allowed, hint)
-    return float(given)
-
-
-def _integer(name: str, given: object, least: int, hint: str, most: int | None = None) -> int:
-    allowed = f"an integer of at least {least}" + (f" and at most {most}" if most else "")
-    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
-        raise _reject(name, given, allowed, hint)
-    number = int(given)
-    if number < least or (most is not None and number > most):
-        raise _reject(name, given, allowed, hint)
-    return number
+# What together makes the one rule of backend(ratio=…); their defaults are the methods' own.
+_ORDER = ("ratio", "epsilon", "sampling", "min_generators", "targets")
+ONE_RULE = frozenset(_ORDER)
 
 
 @dataclass(frozen=True)
@@ -49,72 +32,50 @@ class Options:
         InvalidOptionError: a value is not allowed.
     """
 
-    ratio: float = 256
-    epsilon: float | None = None
-    sampling: Sampling = "stratified"
-    min_generators: int = 1
+    rules: Rules = (Rule("qkv", Pamm()),)
+    goal: Goal = "memory"
+    siblings: bool = False
     min_tokens: int = 256
-    targets: Targets = "qkv"
     strict: bool = False
     seed: int = 0
     base: Base = "inductor"
-    exact_ratio: Fraction = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        hint = "It is b / k, tokens per generator: 256 keeps one row of the input in 256."
-        ratio = _number("ratio", self.ratio, "a finite number of at least 1", hint)
-        if not 1 <= ratio < math.inf:
-            raise _reject("ratio", self.ratio, "a finite number of at least 1", hint)
-        # repr gives the decimal the user wrote: 1.1 means 11/10, not its binary neighbour.
-        object.__setattr__(self, "ratio", int(ratio) if ratio.is_integer() else ratio)
-        object.__setattr__(self, "exact_ratio", Fraction(repr(ratio)))
-        self._check_epsilon()
-        self._check_choice("sampling", self.sampling, get_args(Sampling))
-        self._check_choice("base", self.base, get_args(Base))
-        if not isinstance(self.targets, re.Pattern):
-            self._check_choice(
-                "targets", self.targets, ("qkv", "linear"), "or a compiled regular expression"
-            )
-        for name in ("min_generators", "min_tokens"):
-            hint = "1 sets no lower bound."
-            object.__setattr__(self, name, _integer(name, getattr(self, name), 1, hint))
+        object.__setattr__(self, "rules", make_rules(self.rules))
+        checks.choice("goal", self.goal, get_args(Goal))
+        checks.choice("base", self.base, get_args(Base))
+        least = checks.integer("min_tokens", self.min_tokens, 1, "1 sets no lower bound.")
+        object.__setattr__(self, "min_tokens", least)
         hint = "Another seed draws other generators from the same activations."
-        object.__setattr__(self, "seed", _integer("seed", self.seed, 0, hint, _SEED_LIMIT - 1))
-        strict: object = self.strict
-        if not isinstance(strict, bool):
-            hint = "True raises when a training graph has no compressed site."
-            raise _reject("strict", strict, "True or False", hint)
+        seed = checks.integer("seed", self.seed, 0, hint, _SEED_LIMIT - 1)
+        object.__setattr__(self, "seed", seed)
+        hint = "True lets projections that no rule names join those that read the same input."
+        checks.flag("siblings", self.siblings, hint)
+        hint = "True raises when a training graph has no compressed site."
+        checks.flag("strict", self.strict, hint)
 
-    def _check_epsilon(self) -> None:
-        if self.epsilon is None:
-            return
-        allowed = "None (keep every token) or a number of at least 0"
-        hint = "0 keeps only the generators themselves; 1 and above keep every token."
-        epsilon = _number("epsilon", self.epsilon, allowed, hint)
-        if epsilon < 0:
-            raise _reject("epsilon", self.epsilon, allowed, hint)
-        # cosine² ≥ 1 − ε² holds for every token once ε ≥ 1, so these are one configuration.
-        object.__setattr__(self, "epsilon", epsilon if epsilon < 1 else None)
+    @property
+    def fingerprint(self) -> str:
+        """Everything that changes what is compiled, as text: for cache keys and for sharing."""
+        rest = (self.goal, self.siblings, self.min_tokens, self.strict, self.seed, self.base)
+        return "\n".join([*(rule.fingerprint for rule in self.rules), repr(rest)])
 
-    @staticmethod
-    def _check_choice(name: str, given: object, allowed: tuple[str, ...], more: str = "") -> None:
-        if isinstance(given, str) and given in allowed:
-            return
-        near = difflib.get_close_matches(given, allowed, n=1) if isinstance(given, str) else []
-        hint = f"Did you mean {near[0]!r}?" if near else "Choose one of these."
-        words = " or ".join(map(repr, allowed)) + (f", {more}" if more else "")
-        raise _reject(name, given, words, hint)
+    @property
+    def selects_by_name(self) -> bool:
+        """Whether the names of parameters decide what is compressed."""
+        return any(rule.selects_by_name for rule in self.rules)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the option names that `backend` and `options={"pamm.…": …}` take."""
-        return tuple(f.name for f in cls.__dataclass_fields__.values() if f.init)
+        return (*_ORDER, *(field.name for field in fields(cls)))
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, Any]) -> Options:
         """Build options from a mapping, naming the nearest option for an unknown one.
 
-        Equivalent to: `Options(**given)`.
+        Equivalent to: `Options(rules=…, …)`, with one rule made of `ratio`, `epsilon`, `sampling`,
+        `min_generators` and `targets` where `rules` is not given.
 
         Args:
             given: option names and values.
@@ -123,27 +84,31 @@ class Options:
             The validated options.
 
         Raises:
-            InvalidOptionError: an unknown name, or a value that is not allowed.
+            InvalidOptionError: an unknown name, a value that is not allowed, or `rules` beside what
+                makes a rule.
         """
         allowed = cls.names()
         for name in given:
             if name not in allowed:
                 raise unknown_option(name, allowed)
-        return cls(**given)
+        rest = {n: v for n, v in given.items() if n not in ONE_RULE and n != "rules"}
+        single = {n: v for n, v in given.items() if n in ONE_RULE}
+        rules = given.get("rules")
+        if rules is None:
+            target = check_target(single.pop("targets", "qkv"))
+            return cls(rules=(Rule(target, Pamm(**single)),), **rest)
+        if single:
+            names = ", ".join(single)
+            raise InvalidOptionError(
+                f"rules and {names} together are not allowed: rules name the method of every "
+                f'target. Write for example rules={{"qkv": Pamm(ratio=64)}}, and leave out {names}.'
+            )
+        return cls(rules=make_rules(rules), **rest)
 
-
-def unknown_option(name: str, allowed: tuple[str, ...] | list[str]) -> InvalidOptionError:
-    """Return the error for an option that does not exist, with the nearest that does.
-
-    Args:
-        name: what was given.
-        allowed: every name that is accepted.
-
-    Returns:
-        The error, to be raised.
-    """
-    near = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    # Inductor alone has hundreds of options; a list of them would hide the hint.
-    listing = f" Allowed: {', '.join(allowed)}." if len(allowed) <= 20 else ""
-    return InvalidOptionError(f"{name!r} is not an option. {hint}{listing}".strip())
+    def __str__(self) -> str:
+        changed = [
+            f"{each.name}={getattr(self, each.name)!r}"
+            for each in fields(self)
+            if each.name != "rules" and getattr(self, each.name) != each.default
+        ]
+        return ", ".join([f"rules=[{', '.join(map(str, self.rules))}]", *changed])

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.private import inductor
 from pamm_compile.report import GraphReport
-from pamm_compile.sites.joint_pass import JointPass
 
 
 class RecordedReport:
@@ -24,13 +24,13 @@ class RecordedReport:
 
     Args:
         gm: Dynamo's graph.
-        joint_pass: the pass about to be handed to Inductor.
+        pipeline: the pass about to be handed to Inductor.
         inputs: of the graph.
     """
 
-    def __init__(self, gm: GraphModule, joint_pass: JointPass, inputs: list[Any]) -> None:
-        text = [joint_pass.uuid(), torch.__version__, gm.print_readable(print_output=False)]
-        text += [f"{k} {v}" for k, v in joint_pass.parameter_names.items()]
+    def __init__(self, gm: GraphModule, pipeline: Pipeline, inputs: list[Any]) -> None:
+        text = [pipeline.uuid(), torch.__version__, gm.print_readable(print_output=False)]
+        text += [f"{k} {v}" for k, v in pipeline.parameter_names.items()]
         for each in inputs:
             is_tensor = isinstance(each, torch.Tensor)
             text.append(

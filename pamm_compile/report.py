@@ -21,16 +21,20 @@ class SiteReport:
     shape: tuple[int, ...]
     """Of the input X as the projections read it, (tokens, features)."""
     dtype: str
+    method: str
+    """How it is stored, such as "k = 64"; empty if declined."""
     generators: int
-    """k, the rows of X kept; 0 if declined."""
+    """k of a method that keeps k rows of X; else 0."""
     bytes_before: int
     """Of X."""
     bytes_after: int
-    """Of generators, index and scale; equal to `bytes_before` if declined."""
+    """Of what is stored, and of X where it stays saved; equal to `bytes_before` if declined."""
     compressed: bool
     reason: str | None = None
     """Name of a `pamm_compile.Reason` if declined."""
     detail: str = ""
+    time: float | None = None
+    """Of making the weight gradients, by a model of it, as a multiple of exactly; None if exact."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,15 @@ class GraphReport:
             for s in data["sites"]
         )
         return cls(tuple(sites), tuple(Note(**n) for n in data["notes"]), data["training"])
+
+    @classmethod
+    def merged(cls, reports: Iterable[GraphReport]) -> GraphReport:
+        """Return what several passes found in one training graph as one report."""
+        reports = list(reports)
+        return cls(
+            tuple(site for report in reports for site in report.sites),
+            tuple(note for report in reports for note in report.notes),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
@@ -148,7 +161,7 @@ class Report:
         """Return an aligned table, one line a site, and the totals."""
         if not self._graphs:
             return "nothing compiled yet"
-        header = ("weights", "tokens × features", "dtype", "k", "before", "after")
+        header = ("weights", "tokens × features", "dtype", "method", "dW time", "before", "after")
         rows = [_row(site) for site in self.sites]
         lines = _table(header, rows) if rows else []
         for note in dict.fromkeys(self.notes):
@@ -170,8 +183,9 @@ def _row(site: SiteReport) -> tuple[str, ...]:
     detail = f" ({site.detail})" if site.detail else ""
     if site.compressed:
         sizes = (_size(site.bytes_before), _size(site.bytes_after) + detail)
-        return (*head, str(site.generators), *sizes)
-    return (*head, "-", _size(site.bytes_before), f"{site.reason}{detail}")
+        time = "-" if site.time is None else f"{site.time:.2f} ×"
+        return (*head, site.method, time, *sizes)
+    return (*head, "-", "-", _size(site.bytes_before), f"{site.reason}{detail}")
 
 
 def _brief(names: Sequence[str]) -> str:
@@ -193,7 +207,7 @@ def _brief(names: Sequence[str]) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     rule = ["─" * width for width in widths]
-    numeric = (False, True, False, True, True, False)
+    numeric = (False, True, False, True, True, True, False)
     return [
         "  ".join(
             cell.rjust(width) if right else cell.ljust(width)

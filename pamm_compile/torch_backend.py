@@ -1,29 +1,29 @@
-"""The backend: Dynamo's graph in, Inductor with our joint-graph pass, compiled code out."""
+"""The object that torch.compile calls, and its two entry points."""
 
 from __future__ import annotations
 
-import functools
+import inspect
 import json
 import logging
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Never
 
-import torch
 from torch.fx import GraphModule
 
+from pamm_compile.checks import unknown_option
+from pamm_compile.driver import PREFIX, compile_graph, inductor_settings, make_pipeline
 from pamm_compile.environment import options_from_environment
-from pamm_compile.methods.pamm import triton
+from pamm_compile.errors import NothingMatchedError
+from pamm_compile.graph.pipeline import GraphPass
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.compression import Sampling
-from pamm_compile.options import Base, Options, Targets, unknown_option
-from pamm_compile.private import aot, inductor
+from pamm_compile.names import parameter_names
+from pamm_compile.options import ONE_RULE, Base, Goal, Options, Targets
+from pamm_compile.private import inductor
 from pamm_compile.recorded import RecordedReport
-from pamm_compile.report import Report
-from pamm_compile.sites.joint_pass import JointPass, PassChain, check_strict
+from pamm_compile.report import GraphReport, Report
 
 log = logging.getLogger("pamm_compile")
-
-_PREFIX = "pamm."
 
 
 class Backend:
@@ -31,13 +31,19 @@ class Backend:
 
     Attributes:
         options: what was chosen.
+        passes: of the user's, over the joint graph, behind ours.
         report: what was compiled so far, shared by everything compiled with these options.
     """
 
     def __init__(
-        self, options: Options, mode: str | None = None, settings: tuple[tuple[str, Any], ...] = ()
+        self,
+        options: Options,
+        mode: str | None = None,
+        settings: tuple[tuple[str, Any], ...] = (),
+        passes: tuple[GraphPass, ...] = (),
     ) -> None:
         self.options = options
+        self.passes = passes
         self.report = Report()
         self.__name__ = "pamm"
         self._mode = mode
@@ -56,14 +62,13 @@ class Backend:
     ) -> Callable[..., Any]:
         """Compile one graph; torch.compile passes its own `mode` and `options` on."""
         mode, settings = mode or self._mode, {**dict(self._settings), **(options or {})}
-        inductor_options = inductor_settings(mode, settings)
-        joint_pass = JointPass(self.options, parameter_names(gm))
-        recorded = RecordedReport(gm, joint_pass, example_inputs)
-        if self.options.base == "aot_eager":
-            compiled = compile_eager(gm, example_inputs, joint_pass)
-        else:
-            compiled = compile_inductor(gm, example_inputs, joint_pass, inductor_options)
-        report = recorded.settle(joint_pass.report)
+        chosen = inductor_settings(mode, settings)
+        pipeline = make_pipeline(self.options, parameter_names(gm), self.passes)
+        recorded = RecordedReport(gm, pipeline, example_inputs)
+        compiled = compile_graph(
+            gm, example_inputs, pipeline, base=self.options.base, settings=chosen
+        )
+        report = recorded.settle(pipeline.report)
         self.report.add(report)
         log.info("%s", report.summary())
         if report.sites or report.notes:
@@ -81,45 +86,59 @@ class Backend:
 def backend(
     ratio: float = 256,
     *,
+    rules: Mapping[Any, Method | None] | str | None = None,
     epsilon: float | None = None,
     sampling: Sampling = "stratified",
     min_generators: int = 1,
-    min_tokens: int = 256,
     targets: Targets = "qkv",
+    goal: Goal = "memory",
+    siblings: bool = False,
+    min_tokens: int = 256,
     strict: bool = False,
     seed: int = 0,
     base: Base = "inductor",
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-    **unknown: Any,
+    passes: Sequence[GraphPass] = (),
+    **unknown: Never,
 ) -> Backend:
-    """Return a torch.compile backend that compresses the inputs of attention projections.
+    """Return a torch.compile backend that compresses the inputs of projections.
 
     Equivalent to Inductor, except that the weight gradients of the projections, dW = dZᵀ·X, are
-    computed from k rows of X, an index and a scale per token, and that X is not saved:
+    computed from what a method stores in place of X, and that X is not saved:
 
         model = torch.compile(model, backend=pamm_compile.backend(ratio=256))
+        rules = {"qkv": Pamm(ratio=256), "mlp": Pamm(ratio=64)}
+        model = torch.compile(model, backend=pamm_compile.backend(rules=rules))
 
     The same arguments give the same object, so that blocks compiled one by one share code; its
     `report` says what was matched.
 
     Args:
         ratio: b / k, tokens per generator, at least 1; k = ceil(b / ratio).
+        rules: {target: method}, or text such as "qkv=pamm:256, mlp=pamm:64", in place of `ratio`,
+            `epsilon`, `sampling`, `min_generators` and `targets`, which make one rule. The first
+            whose target holds a projection decides; the method None (in text "exact") leaves it
+            exact.
         epsilon: drop tokens whose relative distance to their generator exceeds this, in [0, ∞),
             and rescale the rest; None (∞) keeps all, the paper's best.
         sampling: "stratified" draws one generator in each of k equal intervals of tokens;
             "uniform" draws k of all, as the paper does.
         min_generators: lower bound of k; k, not the ratio alone, decides quality.
+        targets: "qkv", the projections that feed attention; "attention", these and the output
+            projection; "mlp"; "head"; "linear", every matmul of an activation with a parameter; a
+            compiled regular expression, those of them whose parameter names it matches.
+        goal: "memory" compresses an input only if it is then not saved; "speed" whenever weight
+            gradients take less time, by a model of it; "any" always, for tests and studies.
+        siblings: whether projections that no rule names join those that read the same input.
         min_tokens: inputs of fewer tokens stay exact.
-        targets: "qkv", the projections that feed attention; "linear" (experimental), every matmul
-            of an activation with a parameter; a compiled regular expression, those of them whose
-            parameter names it matches.
         strict: raise if a training graph has nothing to compress.
-        seed: another seed draws other generators from the same activations.
+        seed: another seed draws other samples from the same activations.
         base: "inductor"; "aot_eager" runs the rewritten graphs operator by operator, for
             debugging.
         mode: as torch.compile's.
         options: Inductor settings, as torch.compile's.
+        passes: further passes over the joint graph, behind ours (`graph.pipeline.GraphPass`).
 
     Returns:
         A callable for torch.compile's `backend`.
@@ -129,31 +148,48 @@ def backend(
 
     Source: arXiv 2506.02939.
     """
-    chosen = {
+    for name in unknown:
+        raise unknown_option(name, [*Options.names(), "mode", "options", "passes"])
+    single: dict[str, Any] = {
         "ratio": ratio,
         "epsilon": epsilon,
         "sampling": sampling,
         "min_generators": min_generators,
-        "min_tokens": min_tokens,
         "targets": targets,
-        "strict": strict,
-        "seed": seed,
-        "base": base,
     }
-    for name in unknown:
-        raise unknown_option(name, (*chosen, "mode", "options"))
-    checked = Options.from_mapping(chosen)
+    if rules is not None:
+        # What was left at its default was not chosen.
+        defaults = {name: p.default for name, p in inspect.signature(backend).parameters.items()}
+        single = {name: value for name, value in single.items() if value != defaults[name]}
+        single["rules"] = rules
+    chosen = Options.from_mapping(
+        {
+            **single,
+            "goal": goal,
+            "siblings": siblings,
+            "min_tokens": min_tokens,
+            "strict": strict,
+            "seed": seed,
+            "base": base,
+        }
+    )
     inductor_settings(mode, options)
-    return _shared(checked, mode, tuple(sorted((options or {}).items())))
+    return _shared(chosen, mode, tuple(sorted((options or {}).items())), tuple(passes))
 
 
 # Unbounded on purpose: a forgotten backend would be made anew and its compiled code missed.
 _BACKENDS: dict[str, Backend] = {}
 
 
-def _shared(options: Options, mode: str | None, settings: tuple[tuple[str, Any], ...]) -> Backend:
-    key = repr((options, mode, settings))
-    return _BACKENDS.setdefault(key, Backend(options, mode, settings))
+def _shared(
+    options: Options,
+    mode: str | None = None,
+    settings: tuple[tuple[str, Any], ...] = (),
+    passes: tuple[GraphPass, ...] = (),
+) -> Backend:
+    own = [f"{each.name} {each.fingerprint}" for each in passes]
+    key = "\n".join([options.fingerprint, repr((mode, settings)), *own])
+    return _BACKENDS.setdefault(key, Backend(options, mode, settings, passes))
 
 
 def named_backend(
@@ -182,122 +218,37 @@ def named_backend(
         InvalidOptionError: a value is not allowed, or a name is unknown, here or in the
             environment.
     """
-    ours = {k.removeprefix(_PREFIX): v for k, v in (options or {}).items() if k.startswith(_PREFIX)}
-    rest = {k: v for k, v in (options or {}).items() if not k.startswith(_PREFIX)}
-    chosen = Options.from_mapping({**options_from_environment(), **ours})
-    return _shared(chosen, None, ())(gm, example_inputs, mode=mode, options=rest)
+    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
+    rest = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
+    around = options_from_environment()
+    # Rules and what makes one rule stand for the same choice: the nearer one wins.
+    if "rules" in ours or not ONE_RULE.isdisjoint(ours):
+        around = {n: v for n, v in around.items() if n != "rules"}
+    if "rules" in ours:
+        around = {n: v for n, v in around.items() if n not in ONE_RULE}
+    chosen = Options.from_mapping({**around, **ours})
+    return _shared(chosen)(gm, example_inputs, mode=mode, options=rest)
 
 
-def inductor_settings(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the Inductor settings that a mode and options stand for.
+def check_strict(report: GraphReport) -> None:
+    """Raise if a training graph has no compressed site.
 
     Args:
-        mode: as torch.compile's.
-        options: as torch.compile's.
-
-    Returns:
-        Settings by name.
+        report: of the graph.
 
     Raises:
-        InvalidOptionError: a name is unknown.
+        NothingMatchedError: listing why every candidate was declined.
     """
-    allowed = inductor.inductor_setting_names()
-    for name in options or {}:
-        if name.replace("-", "_") not in allowed:
-            raise unknown_option(name, allowed)
-    return inductor.inductor_settings(mode, options)
-
-
-def parameter_names(gm: GraphModule, known: Mapping[int, str] | None = None) -> dict[str, str]:
-    """Return the name of every parameter of a graph that Dynamo captured, by its input key.
-
-    Args:
-        gm: as handed to a backend.
-        known: names by `id` of the parameter, where the model is at hand; for others a name is
-            read off the expression by which Dynamo reached the parameter.
-
-    Returns:
-        Names such as "model.layers.0.self_attn.q_proj.weight".
-    """
-    names = {}
-    for position, (example, source) in enumerate(aot.dynamo_inputs(gm)):
-        if isinstance(example, torch.nn.Parameter):
-            read = _readable(source) or f"input {position}"
-            names[aot.plain_input_key(position)] = (known or {}).get(id(example), read)
-    for name, _ in gm.named_parameters():
-        names[f"parameter:{name}"] = name
-    return names
-
-
-def _readable(source: str) -> str:
-    """Turn Dynamo's expression for a parameter into the name that the module gives it."""
-    # PEFT reads its wrapped model by attributes, which Dynamo follows through __dict__.
-    name = re.sub(r"\.__dict__\['_(modules|parameters|buffers)'\]", "", source)
-    name = re.sub(r"\.?_(modules|parameters|buffers)(?=\W)", "", name)
-    name = re.sub(r"\[['\"]?([^]'\"]+)['\"]?\]", r".\1", name)
-    name = re.sub(r"^[LG]\.", "", name)
-    # A wrapper such as accelerate's autocast hands the module on in its own *args.
-    name = re.sub(r"^(self|args\.0)\.", "", name)
-    return re.sub(r"^_orig_mod\.|^fn\.", "", name)
-
-
-def compile_inductor(
-    gm: GraphModule,
-    inputs: list[Any],
-    joint_pass: JointPass | None,
-    settings: dict[str, Any],
-    *,
-    generate_code: bool = True,
-) -> Callable[..., Any]:
-    """Compile a graph with Inductor, a pass of ours behind those that are there already.
-
-    Args:
-        gm: Dynamo's graph.
-        inputs: its inputs.
-        joint_pass: our pass; None compiles exactly.
-        settings: of Inductor, by name.
-        generate_code: False runs the partitioned graphs operator by operator.
-
-    Returns:
-        The graph as a function.
-    """
-    triton.register()
-    there = settings.get("joint_custom_pre_pass", inductor.config.joint_custom_pre_pass)
-    earlier = list(there) if isinstance(there, list | tuple) else [there] if there else []
-    if joint_pass is not None:
-        chain = PassChain([*earlier, joint_pass]) if earlier else joint_pass
-        settings = {**settings, "joint_custom_pre_pass": chain}
-    inner = {} if generate_code else {"inner_compile": inductor.run_eagerly}
-    compiled: Callable[..., Any] = inductor.compile_fx(gm, inputs, config_patches=settings, **inner)
-    return compiled
-
-
-def compile_eager(
-    gm: GraphModule, inputs: list[Any], joint_pass: JointPass, *, decompose: bool = False
-) -> Callable[..., Any]:
-    """Run a pass on a graph's joint graph, partition it, and run the parts operator by operator.
-
-    Args:
-        gm: Dynamo's graph.
-        inputs: its inputs.
-        joint_pass: our pass.
-        decompose: trace with Inductor's decompositions, as the real compilation does.
-
-    Returns:
-        The graph as a function.
-    """
-
-    @functools.wraps(aot.min_cut_rematerialization_partition)
-    def partition(joint: GraphModule, *args: Any, **kwargs: Any) -> Any:
-        joint_pass(joint.graph)
-        joint.recompile()
-        return aot.min_cut_rematerialization_partition(joint, *args, **kwargs)
-
-    compiled: Callable[..., Any] = aot.aot_autograd(
-        fw_compiler=aot.boxed_nop,
-        bw_compiler=aot.boxed_nop,
-        decompositions=aot.select_decomp_table() if decompose else None,
-        partition_fn=partition,
-        keep_inference_input_mutations=True,
-    )(gm, inputs)
-    return compiled
+    if not report.training or any(site.compressed for site in report.sites):
+        return
+    reasons = [(", ".join(s.parameters), s.reason, s.detail) for s in report.sites]
+    reasons += [(n.what, n.reason, n.detail) for n in report.notes]
+    listing = "".join(
+        f"\n  {what}: {reason}{f' ({detail})' if detail else ''}"
+        for what, reason, detail in reasons
+    )
+    raise NothingMatchedError(
+        "strict=True, and no projection of this training graph could be compressed:"
+        f"{listing or ' nothing was found in it'}\n"
+        "Run pamm_compile.explain(model, ...) for the whole table, or pass strict=False."
+    )

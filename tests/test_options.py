@@ -8,9 +8,10 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+from pamm_testing.options import make_options
 
 import pamm_compile
-from pamm_compile.options import Options
+from pamm_compile import Pamm
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,10 @@ from pamm_compile.options import Options
         ({"sampling": "stratifed"}, r"'stratified' or 'uniform'.*Did you mean 'stratified'\?"),
         ({"sampling": 3}, r"sampling=3 is not allowed"),
         ({"base": "eager"}, r"base='eager' is not allowed.*'aot_eager'"),
-        ({"targets": "mlp"}, r"targets='mlp' is not allowed.*'qkv' or 'linear'.*regular"),
+        (
+            {"targets": "mpl"},
+            r"targets='mpl' is not allowed.*'qkv' or .*'linear'.*regular.*mean 'mlp'",
+        ),
         ({"min_generators": 0}, r"min_generators=0 is not allowed: .* at least 1"),
         ({"min_generators": 2.5}, r"min_generators=2\.5 is not allowed"),
         ({"min_tokens": True}, r"min_tokens=True is not allowed"),
@@ -51,23 +55,23 @@ def test_what_is_refused(given: dict[str, Any], message: str) -> None:
 
 
 def test_ratio_means_the_decimal_that_was_written() -> None:
-    assert Options(ratio=1.1).exact_ratio == Fraction(11, 10)
-    assert Options(ratio=256).exact_ratio == 256
-    assert Options(ratio=Fraction(1, 1)).exact_ratio == 1
+    assert Pamm(ratio=1.1).exact_ratio == Fraction(11, 10)
+    assert Pamm(ratio=256).exact_ratio == 256
+    assert Pamm(ratio=Fraction(1, 1)).exact_ratio == 1
 
 
 def test_equal_options_are_equal() -> None:
-    assert Options(ratio=256) == Options(ratio=256.0)
+    assert make_options(ratio=256) == make_options(ratio=256.0)
     # From 1 on, the gate lets every token through.
-    assert Options(epsilon=math.inf) == Options(epsilon=1) == Options()
-    assert Options(epsilon=0.5) != Options()
+    assert make_options(epsilon=math.inf) == make_options(epsilon=1) == make_options()
+    assert make_options(epsilon=0.5) != make_options()
 
 
 def test_options_are_frozen() -> None:
     with pytest.raises(AttributeError):
-        Options().ratio = 2  # type: ignore[misc]
+        make_options().seed = 2  # type: ignore[misc]
 
 
 def test_a_pattern_selects_by_name() -> None:
     pattern = re.compile(r"mlp")
-    assert Options(targets=pattern).targets is pattern
+    assert make_options(targets=pattern).rules[0].target is pattern

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from pamm_testing.options import make_options
 from pamm_testing.zoo import HEADS, LAYERS, VOCAB, WIDTH, tokens
 from torch import nn
 
-from pamm_compile.options import Options
 from pamm_compile.torch_backend import Backend
 
 
@@ -33,7 +33,7 @@ class _Run:
         self.model = _model(1 if base == "inductor" else LAYERS)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2)
         # Not by backend(), which would return the object of the run before.
-        self.backend = Backend(Options(ratio=8, min_tokens=1, base=base))
+        self.backend = Backend(make_options(ratio=8, min_tokens=1, base=base))
         self.compiled = torch.compile(self.model, backend=self.backend)
 
     def train(self, batches: list[torch.Tensor], *, clip: float = 0.5) -> list[float]:

@@ -16,9 +16,9 @@ from pamm_testing.zoo import BATCH, HEADS, LAYERS, LENGTH, VOCAB, WIDTH, causal
 from torch import nn
 
 import pamm_compile
+from pamm_compile.driver import make_pipeline
+from pamm_compile.names import _readable
 from pamm_compile.private import inductor
-from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.torch_backend import _readable
 
 
 def _llama() -> nn.Module:
@@ -118,7 +118,7 @@ def test_mode_and_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> Non
         return gm.forward
 
     monkeypatch.setattr(inductor, "compile_fx", compile_fx)
-    earlier = JointPass(pamm_compile.backend().options, {})
+    earlier = make_pipeline(pamm_compile.backend().options, {})
     backend = pamm_compile.backend(options={"epilogue_fusion": False})
     x = torch.randn(BATCH, LENGTH, WIDTH)
     with inductor_config.patch(joint_custom_pre_pass=earlier):
@@ -138,7 +138,7 @@ def test_uuid_changes_with_every_option() -> None:
         {"min_tokens": 1}, {"targets": "linear"}, {"seed": 1},
     ]  # fmt: skip
     uuids = {
-        JointPass(pamm_compile.backend(**{**base, **other}).options, {}).uuid()
+        make_pipeline(pamm_compile.backend(**{**base, **other}).options, {}).uuid()
         for other in [{}, *others]
     }
     assert len(uuids) == len(others) + 1
@@ -146,7 +146,7 @@ def test_uuid_changes_with_every_option() -> None:
 
 def test_uuid_depends_on_names_only_if_they_select() -> None:
     def uuid(name: str, **options: Any) -> str:
-        return JointPass(pamm_compile.backend(**options).options, {"input:0": name}).uuid()
+        return make_pipeline(pamm_compile.backend(**options).options, {"input:0": name}).uuid()
 
     assert uuid("a") == uuid("b")
     assert uuid("a", targets=re.compile("a")) != uuid("b", targets=re.compile("a"))
@@ -195,9 +195,9 @@ def test_one_line_is_logged_per_compilation(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_registered_attention_is_an_anchor() -> None:
-    before = JointPass(pamm_compile.backend().options, {}).uuid()
+    before = make_pipeline(pamm_compile.backend().options, {}).uuid()
     pamm_compile.register_attention("pamm_test::attention")
-    assert JointPass(pamm_compile.backend().options, {}).uuid() != before
+    assert make_pipeline(pamm_compile.backend().options, {}).uuid() != before
 
     with torch.library._scoped_library("pamm_test", "FRAGMENT") as library:
         library.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pamm_compile.driver import inductor_settings
 from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.inspect.measure import MemoryUse, differentiate, measure_memory
 from pamm_compile.private import inductor, memory
-from pamm_compile.torch_backend import Backend, inductor_settings
+from pamm_compile.torch_backend import Backend
 
 REFERENCE = "compile"
 """Name of the arm that step times are divided by."""

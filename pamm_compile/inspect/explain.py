@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
-from pamm_compile.private import aot
-from pamm_compile.report import GraphReport, Report
-from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.torch_backend import Backend, backend, compile_eager, parameter_names
+from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
+from pamm_compile.report import Report
+from pamm_compile.torch_backend import Backend, backend
 
 
 def explain(
@@ -27,35 +26,27 @@ def explain(
     Args:
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
-        using: a backend, for its options; by default `backend()`.
+        using: a backend, for its options; None stands for `backend()`.
         kwargs: what to call it with.
 
     Returns:
         The report: print it, or use its `sites`, `to_dict()` and `to_json()`.
     """
-    model = getattr(model, "_orig_mod", model)
-    options = (using or backend()).options
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
+    chosen = using or backend()
     report = Report()
 
-    def look(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        joint_pass = JointPass(options, parameter_names(gm, known), apply=False)
-        compiled = compile_eager(gm, example_inputs, joint_pass, decompose=True)
-        report.add(joint_pass.report or GraphReport(training=False))
+    def look(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
+        pipeline = make_pipeline(chosen.options, names, chosen.passes, apply=False)
+        compiled = compile_graph(gm, inputs, pipeline, mode=Mode.LOOK)
+        report.add(found(pipeline))
         return compiled
 
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
-    torch.compiler.reset()
     try:
-        with (
-            torch.random.fork_rng(sorted(d for d in devices if d is not None)),
-            torch.enable_grad(),
-            aot.without_autograd_cache(),
-        ):
-            torch.compile(model, backend=look)(*args, **kwargs)
+        with torch.random.fork_rng(sorted(d for d in devices if d is not None)):
+            visit(model, lambda compiled: compiled(*args, **kwargs), look)
     finally:
-        torch.compiler.reset()
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)

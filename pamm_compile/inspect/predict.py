@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
 from pamm_compile.inspect.measure import SavedStorage, saved_storages
-from pamm_compile.private import aot
-from pamm_compile.report import GraphReport, Report
-from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.torch_backend import Backend, compile_inductor, parameter_names
+from pamm_compile.report import Report
+from pamm_compile.torch_backend import Backend
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,20 @@ def predict_saved(
     Raises:
         MeasurementError: a tensor is saved whose layout is neither strided nor sparse COO.
     """
-    model = getattr(model, "_orig_mod", model)
-    known = {id(parameter): name for name, parameter in model.named_parameters()}
     report = Report()
 
-    def partition(gm: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def partition(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
         if using is None:
-            return compile_inductor(gm, example_inputs, None, {}, generate_code=False)
-        joint_pass = JointPass(using.options, parameter_names(gm, known))
-        compiled = compile_inductor(gm, example_inputs, joint_pass, {}, generate_code=False)
-        report.add(joint_pass.report or GraphReport(training=False))
+            return compile_graph(gm, inputs, None, mode=Mode.PARTITION)
+        pipeline = make_pipeline(using.options, names, using.passes)
+        compiled = compile_graph(gm, inputs, pipeline, mode=Mode.PARTITION)
+        report.add(found(pipeline))
         return compiled
 
-    torch.compiler.reset()
-    try:
-        with torch.enable_grad(), aot.without_autograd_cache():
-            compiled = torch.compile(model, backend=partition)
-            saved = saved_storages(lambda: compiled(*args, **kwargs), model=model)
-    finally:
-        torch.compiler.reset()
+    own = getattr(model, "_orig_mod", model)
+    saved = visit(
+        model,
+        lambda compiled: saved_storages(lambda: compiled(*args, **kwargs), model=own),
+        partition,
+    )
     return Prediction(saved, report)

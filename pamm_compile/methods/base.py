@@ -29,6 +29,8 @@ class Size:
     """m_p, columns of each projection's output whose weight gradient is made."""
     dtype: torch.dtype
     """Of X."""
+    device: str = "cpu"
+    """Type of the device that X is on."""
     symbolic: bool = False
     """Whether `tokens` varies from call to call of the compiled graph."""
 
@@ -48,10 +50,15 @@ class Cost:
     """Bytes read and written in main memory."""
     launches: int
     """Kernels, where each runs for itself."""
+    wide_flops: int = 0
+    """Of `flops`, those in float32 whatever the dtype of X: a device may be far slower at these."""
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(
-            self.flops + other.flops, self.bytes + other.bytes, self.launches + other.launches
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.launches + other.launches,
+            self.wide_flops + other.wide_flops,
         )
 
 

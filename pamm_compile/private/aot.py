@@ -128,3 +128,31 @@ def without_autograd_cache() -> AbstractContextManager[None]:
     """Return a context in which AOTAutograd traces every graph, so that our pass runs."""
     context: AbstractContextManager[None] = functorch_config.patch(enable_autograd_cache=False)
     return context
+
+
+class _Recorder(torch.fx.Interpreter):
+    """Keeps what every node of a graph gives."""
+
+    def __init__(self, module: torch.fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[torch.fx.Node, Any] = {}
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = self.values[n] = super().run_node(n)
+        return result
+
+
+def fake_values(traced: torch.fx.GraphModule, fakes: Sequence[Any]) -> dict[torch.fx.Node, Any]:
+    """Return fake tensors of their own for every node of a trace.
+
+    Args:
+        traced: what `trace` returned.
+        fakes: its inputs.
+
+    Returns:
+        Per node, what it gives for these inputs.
+    """
+    recorder = _Recorder(traced)
+    with _detect_fake_mode(fakes), _enable_python_dispatcher():
+        recorder.run(*fakes)
+    return recorder.values

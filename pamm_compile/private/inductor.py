@@ -101,6 +101,12 @@ def realized(node: Any, *, dense: bool = False) -> Any:
     return buffer
 
 
+def materialized(node: Any) -> Any:
+    """Give an Inductor value a buffer of its own, in place of computing it where it is read."""
+    node.realize()
+    return node
+
+
 def aten_lowering(overload: Any) -> Callable[..., Any]:
     """Return Inductor's lowering of an ATen overload."""
     lowering: Callable[..., Any] = _lowerings[overload]
@@ -194,3 +200,34 @@ def select_choice(
 def is_template_output(node: Any) -> bool:
     """Tell whether a node that `select_choice` returned is a Triton template's."""
     return isinstance(node.data.data, _TritonTemplateBuffer)
+
+
+class Integers:
+    """An Inductor value of integers under Python's operators, so that what is written for tensors
+    can also be lowered as it stands.
+
+    Args:
+        node: the value.
+    """
+
+    def __init__(self, node: Any) -> None:
+        self.node = node
+
+    def _apply(self, overload: Any, other: Any) -> Integers:
+        operand = other.node if isinstance(other, Integers) else other
+        return Integers(aten_lowering(overload)(self.node, operand))
+
+    def __add__(self, other: Any) -> Integers:
+        return self._apply(torch.ops.aten.add.Tensor, other)
+
+    def __mul__(self, other: Any) -> Integers:
+        return self._apply(torch.ops.aten.mul.Tensor, other)
+
+    def __and__(self, other: Any) -> Integers:
+        return self._apply(torch.ops.aten.bitwise_and.Tensor, other)
+
+    def __xor__(self, other: Any) -> Integers:
+        return self._apply(torch.ops.aten.bitwise_xor.Tensor, other)
+
+    def __rshift__(self, other: Any) -> Integers:
+        return self._apply(torch.ops.aten.bitwise_right_shift.Tensor, other)

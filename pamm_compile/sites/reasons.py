@@ -17,6 +17,9 @@ class Reason(enum.Enum):
     NOT_A_PROJECTION = "attention reads something that is not a matmul with a parameter"
     PROJECTION_IN_ANOTHER_GRAPH = "the projection is in another graph (graph break)"
     NARROW_INPUT = "the input is a low-rank factor, itself the output of a narrow projection"
+    EXACT_BY_RULE = "a rule leaves it exact"
+    NO_SAVING = "what is stored would take as many bytes as the input"
+    UNPROFITABLE = "making the weight gradient from what is stored would take longer than exactly"
     UNSUPPORTED_LAYOUT = "the weight gradient is not a plain matmul over all tokens"
 
     def __str__(self) -> str:

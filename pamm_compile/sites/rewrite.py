@@ -1,11 +1,8 @@
-"""Replace the weight gradients of the chosen sites by compressed ones.
+"""Replace the weight gradients of the chosen sites by those that their methods make.
 
-    forward:   X ─┬─ mm(X, Wqᵀ) …  unchanged
-                  └─ seed → rows → C = X[rows] ── pamm::assign(X, C) → f, α      saved: C, f, α
-    backward:  pamm::contract(f, α, [dQ, dK, dV], k) → B̃ ── mm(B̃ᵀ, C) ── split → dWq, dWk, dWv
-
-What is inserted is traced from the functions of `ops.compression` with Inductor's decompositions,
-since nodes inserted here are not decomposed again.
+forward:   X ─┬─ mm(X, Wqᵀ) …  unchanged
+              └─ seed ── method.store(X, seed) ── stored                      saved: stored
+backward:  stored, [dQ, dK, dV] ── method.weight_gradients ── dWq, dWk, dWv
 """
 
 from __future__ import annotations
@@ -14,116 +11,102 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
+from pamm_compile.graph.insert import BACKWARD, FORWARD, Inserter, replace_node
 from pamm_compile.graph.joint import strip_transposes, value
-from pamm_compile.graph.vocabulary import op_name
-from pamm_compile.methods.pamm.compression import (
-    Compressed,
-    compress,
-    content_seed,
-    site_seed,
-    weight_gradients,
-)
-from pamm_compile.options import Options
+from pamm_compile.methods import fingerprint
+from pamm_compile.methods.base import Method
+from pamm_compile.methods.pamm.compression import content_seed
+from pamm_compile.methods.seeds import site_seeds
 from pamm_compile.private import aot
-from pamm_compile.sites.projections import Site, WeightGradient
+from pamm_compile.sites.cost import size_of
+from pamm_compile.sites.decide import Plan
+from pamm_compile.sites.projections import WeightGradient
 
 
-def is_rewritten(graph: Graph) -> bool:
-    """Tell whether a graph already holds compressed sites."""
-    return any(op_name(node) == "pamm::assign" for node in graph.nodes)
-
-
-def rewrite(graph: Graph, sites: Sequence[Site], options: Options) -> None:
+def rewrite(graph: Graph, plans: Sequence[Plan], salt: int) -> None:
     """Rewrite the sites of a joint graph in place.
 
     Args:
         graph: the joint graph.
-        sites: accepted sites, in graph order.
-        options: ratio, min_generators, sampling, epsilon and seed are read.
+        plans: accepted sites with their methods, in graph order.
+        salt: another one draws other samples from the same activations.
     """
-    seeds: dict[torch.device, Node] = {}
-    for number, site in enumerate(sites):
-        compressed = _compress_site(graph, site, number, seeds, options)
-        _replace_gradients(graph, site, compressed)
-    if sites:
+    rewriter = _Rewriter(graph, plans, salt)
+    for number, plan in enumerate(plans):
+        rewriter.replace_gradients(plan, rewriter.store(plan, number))
+    if plans:
         # dW now needs dQ, dK and dV together: users of the first wait for the last.
         aot.stable_topological_sort(graph)
         graph.lint()
 
 
-def _compress_site(
-    graph: Graph, site: Site, number: int, seeds: dict[torch.device, Node], options: Options
-) -> list[Node]:
-    x = site.input
-    cursor = x
-    device = value(x).device
-    if device not in seeds:
-        # One seed per graph and device: a reduction at every site would cost a launch at each.
-        (seeds[device],), cursor = _insert(
-            graph, cursor, lambda x: content_seed(_matrix(x), options.seed), [x], "is_forward"
-        )
+class _Rewriter:
+    def __init__(self, graph: Graph, plans: Sequence[Plan], salt: int) -> None:
+        self._inserter = Inserter(graph)
+        self._graph = graph
+        # One hash per graph and device: a reduction at every site would cost a launch at each.
+        self._seeds: dict[torch.device, list[Node]] = {}
+        for plan in plans:
+            device = value(plan.site.input).device
+            if device not in self._seeds:
+                self._seeds[device] = self._seed_all(plan.site.input, len(plans), salt)
 
-    def compress_input(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-        # A plain tuple: fx would trace the construction of a named one.
-        return tuple(
-            compress(
-                _matrix(x),
-                site_seed(seed, number),
-                ratio=options.exact_ratio,
-                min_generators=options.min_generators,
-                sampling=options.sampling,
-                epsilon=options.epsilon,
-            )
-        )
+    def _seed_all(self, x: Node, count: int, salt: int) -> list[Node]:
+        def seeds(x: Tensor) -> list[Tensor]:
+            return list(site_seeds(content_seed(_matrix(x), salt), count))
 
-    compressed, cursor = _insert(graph, cursor, compress_input, [x, seeds[device]], "is_forward")
-    _force_saved(graph, compressed, cursor)
-    return compressed
+        found, _ = self._inserter.insert(x, seeds, [x], FORWARD, ("seeds", count, salt))
+        return found
 
+    def store(self, plan: Plan, number: int) -> list[Node]:
+        """Insert what the forward pass keeps in place of a site's input."""
+        x, method = plan.site.input, plan.method
+        outputs = size_of(plan.site).outputs
+        device = value(x).device
+        seed = self._seeds[device][number]
 
-def _force_saved(graph: Graph, compressed: Sequence[Node], cursor: Node) -> None:
-    """Make the partitioner save these nodes at any memory budget.
+        def store(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+            return method.store(_matrix(x), seed, outputs)
 
-    Left alone it recomputes them below a budget of 1, and X with them. It heeds MUST_SAVE only on
-    nodes that the forward outputs need, and never on getitem; an assertion on a node's dtype counts
-    as such a need, and Inductor drops it once the graphs are split.
-    """
-    for node in compressed:
-        node.meta["recompute"] = aot.MUST_SAVE
-        if op_name(node) == "":
-            node.all_input_nodes[0].meta["recompute"] = aot.MUST_SAVE
-        with graph.inserting_after(cursor):
-            cursor = graph.call_function(
-                torch.ops.aten._assert_tensor_metadata.default,
-                (node,),
-                {"dtype": value(node).dtype},
-            )
-        # It returns nothing; an empty tuple is what every partitioner takes for a size of 0.
-        cursor.meta.update(val=(), partitioner_tag="is_forward")
+        key = ("store", fingerprint(method), outputs)
+        stored, cursor = self._inserter.insert(max(x, seed), store, [x, seed], FORWARD, key)
+        self._inserter.keep_for_backward(stored, cursor)
+        return stored
+
+    def replace_gradients(self, plan: Plan, stored: Sequence[Node]) -> None:
+        """Insert a site's weight gradients, and take the exact ones out."""
+        gradients, method = plan.site.gradients, plan.method
+        grads, flips = zip(*(_output_gradient(g) for g in gradients), strict=True)
+        vals = [value(g.node) for g in gradients]
+        transposed = tuple(g.transposed for g in gradients)
+        function = _replacement(method, len(stored), flips, transposed, vals)
+        shapes = tuple((str(v.shape), v.dtype) for v in vals)
+        key = ("gradients", fingerprint(method), flips, transposed, len(stored), shapes)
+        last = max(gradients, key=lambda g: g.node).node
+        new, _ = self._inserter.insert(last, function, [*stored, *grads], BACKWARD, key)
+        for gradient, node in zip(gradients, new, strict=True):
+            replace_node(self._graph, gradient.node, node)
 
 
-def _replace_gradients(graph: Graph, site: Site, compressed: Sequence[Node]) -> None:
-    grads, flips = zip(*(_output_gradient(g) for g in site.gradients), strict=True)
-    vals = [value(g.node) for g in site.gradients]
-
-    def replacement(generators: Tensor, index: Tensor, scale: Tensor, *dz: Tensor) -> list[Tensor]:
-        results = weight_gradients(
-            Compressed(generators, index, scale),
+def _replacement(
+    method: Method,
+    kept: int,
+    flips: Sequence[bool],
+    transposed: Sequence[bool],
+    vals: Sequence[Tensor],
+) -> Callable[..., list[Tensor]]:
+    def replacement(*tensors: Tensor) -> list[Tensor]:
+        stored, dz = tensors[:kept], tensors[kept:]
+        results = method.weight_gradients(
+            stored,
             [_matrix(z).t() if flip else _matrix(z) for z, flip in zip(dz, flips, strict=True)],
-            [g.transposed for g in site.gradients],
+            transposed,
         )
         return [r.to(v.dtype).reshape(v.shape) for r, v in zip(results, vals, strict=True)]
 
-    last = max(site.gradients, key=lambda g: g.node).node
-    new, _ = _insert(graph, last, replacement, [*compressed, *grads], "is_backward")
-    for gradient, node in zip(site.gradients, new, strict=True):
-        for key in ("stack_trace", "nn_module_stack"):
-            if key in gradient.node.meta:
-                node.meta[key] = gradient.node.meta[key]
-        gradient.node.replace_all_uses_with(node)
-        _erase(graph, gradient.node)
+    return replacement
 
 
 def _output_gradient(gradient: WeightGradient) -> tuple[Node, bool]:
@@ -135,53 +118,3 @@ def _output_gradient(gradient: WeightGradient) -> tuple[Node, bool]:
 
 def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.squeeze(0)
-
-
-def _erase(graph: Graph, node: Node) -> None:
-    """Erase a node and the transposes that only it read."""
-    sources = node.all_input_nodes
-    graph.erase_node(node)
-    for source in sources:
-        if not source.users and op_name(source) in ("aten::t", "aten::permute", "aten::transpose"):
-            _erase(graph, source)
-
-
-def _insert(
-    graph: Graph,
-    after: Node,
-    function: Callable[..., Tensor | Sequence[Tensor]],
-    inputs: Sequence[Node],
-    phase: str,
-) -> tuple[list[Node], Node]:
-    """Trace a function and insert its operations.
-
-    Args:
-        graph: where to.
-        after: the node to insert behind.
-        function: takes and returns tensors.
-        inputs: its arguments, as nodes.
-        phase: the partitioner's tag, "is_forward" or "is_backward".
-
-    Returns:
-        The results as nodes, and the last node inserted.
-    """
-    traced: GraphModule = aot.trace(function, [value(node) for node in inputs])
-    env: dict[Node, Node] = {}
-    arguments = iter(inputs)
-    cursor = after
-    for node in traced.graph.nodes:
-        if node.op == "placeholder":
-            env[node] = next(arguments)
-        elif node.op == "output":
-            results = torch.fx.map_arg(node.args[0], env.__getitem__)
-            flat = list(results) if isinstance(results, list | tuple) else [results]
-            return flat, cursor
-        else:
-            assert node.op == "call_function", f"traced {node.op} {node.target}"
-            with graph.inserting_after(cursor):
-                cursor = env[node] = graph.node_copy(node, env.__getitem__)
-            cursor.meta["partitioner_tag"] = phase
-            # Annotations (memory-budget regions, streams) must cover what stands among them.
-            if "custom" in after.meta:
-                cursor.meta["custom"] = after.meta["custom"]
-    raise AssertionError("a traced graph ends with an output")

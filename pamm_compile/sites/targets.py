@@ -19,38 +19,38 @@ from torch.fx import Node
 
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import is_convolution, is_matmul, op_name
-from pamm_compile.options import Targets
+from pamm_compile.rules import Target
 from pamm_compile.sites.anchors import attention_operands
-from pamm_compile.sites.projections import Projection, Projections, Site, ends_projection
+from pamm_compile.sites.projections import Projection, Projections, ends_projection
 from pamm_compile.sites.reasons import Decline, Reason
 
 
 @dataclass
-class Match:
-    """Everything found in one joint graph."""
+class Found:
+    """The projections that a target holds, and what was declined already while looking."""
 
-    sites: list[Site]
+    projections: list[Projection]
     declines: list[Decline]
 
 
-def find_sites(joint: JointGraph, targets: Targets) -> Match:
-    """Find the sites of a joint graph.
+def find_projections(joint: JointGraph, target: Target) -> Found:
+    """Find the projections of a joint graph that a target holds.
 
     Args:
         joint: the graph to read.
-        targets: "qkv" for the projections that feed attention; "linear" for every matmul of an
+        target: "qkv" for the projections that feed attention; "linear" for every matmul of an
             activation with a parameter; a regular expression for those of them whose parameter
             names it matches.
 
     Returns:
-        The sites in graph order, and what was declined already while matching.
+        The projections in graph order.
     """
     finder = _Finder(joint)
-    if targets == "qkv":
+    if target == "qkv":
         finder.search_attention()
     else:
-        finder.search_linear(None if targets == "linear" else targets)
-    return Match(finder.sites(), finder.declines)
+        finder.search_linear(target if isinstance(target, re.Pattern) else None)
+    return Found(finder.projections(), finder.declines)
 
 
 class _Finder:
@@ -60,8 +60,8 @@ class _Finder:
         self._found = Projections(joint)
         self._projections: dict[Node, Projection] = {}
 
-    def sites(self) -> list[Site]:
-        return self._found.sites(self._projections.values())
+    def projections(self) -> list[Projection]:
+        return sorted(self._projections.values(), key=lambda p: p.node)
 
     # Anchors ---------------------------------------------------------------------------------
 

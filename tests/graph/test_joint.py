@@ -17,8 +17,8 @@ from pamm_compile.graph.joint import (
     strip_transposes,
 )
 from pamm_compile.graph.vocabulary import op_name
+from pamm_compile.names import parameter_names
 from pamm_compile.private import aot
-from pamm_compile.torch_backend import parameter_names
 
 
 def _trace(function: Callable[..., Tensor], *fakes: Tensor) -> list[Node]:

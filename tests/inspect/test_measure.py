@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch._functorch.config as functorch_config
 import torch.nn.functional as F
+from pamm_testing.options import make_options
 from torch import Tensor, nn
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule, Node
@@ -21,11 +22,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import pamm_compile
 from pamm_compile import compare_memory, measure_memory
+from pamm_compile.driver import make_pipeline
 from pamm_compile.inspect.measure import PEAK_ACCELERATOR, PEAK_CPU, saved_storages
-from pamm_compile.options import Options
+from pamm_compile.names import parameter_names
 from pamm_compile.private import aot, memory
-from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.torch_backend import parameter_names
 
 gpu = pytest.mark.gpu
 
@@ -251,8 +251,8 @@ def test_compiled_bytes_are_those_of_the_partition(
         patches = {}
         parameters.update(parameter_names(gm))
         if compressed:
-            joint_pass = JointPass(Options(ratio=64, min_tokens=1), parameters)
-            patches["joint_custom_pre_pass"] = joint_pass
+            pipeline = make_pipeline(make_options(ratio=64, min_tokens=1), parameters)
+            patches["joint_custom_pre_pass"] = pipeline
         # A cache would answer without showing the parts.
         with functorch_config.patch(enable_autograd_cache=False), memory.memory_budget(budget):
             return compile_fx(gm, inputs, inner_compile=inner, config_patches=patches)

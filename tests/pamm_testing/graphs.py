@@ -12,15 +12,13 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from pamm_compile.driver import make_pipeline
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import op_name
+from pamm_compile.names import parameter_names
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport
-from pamm_compile.sites.decide import decide
-from pamm_compile.sites.joint_pass import JointPass
-from pamm_compile.sites.targets import find_sites
-from pamm_compile.torch_backend import parameter_names
 
 
 @dataclass
@@ -74,7 +72,7 @@ def capturing_backend(
     """Return a Dynamo backend that partitions as Inductor does and runs the parts eagerly."""
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        joint_pass = JointPass(options, parameter_names(gm), apply=apply)
+        pipeline = make_pipeline(options, parameter_names(gm), apply=apply)
         # A graph break puts the loss in a graph of its own; the one with sites is what counts.
         kept = Captured() if captured.inputs else captured
 
@@ -82,16 +80,16 @@ def capturing_backend(
             kept.before = str(module.graph)
             kept.exact = _copy(module)
             kept.forward_outputs = kwargs["num_fwd_outputs"]
-            joint = JointGraph(module.graph, joint_pass.parameter_names)
-            sites = decide(joint, find_sites(joint, options.targets), options).accepted
-            bases = [joint.readers(site.chain.base)[0] for site in sites]
+            joint = JointGraph(module.graph, pipeline.parameter_names)
+            plans = pipeline.passes[0].decide(joint).accepted
+            bases = [joint.readers(plan.site.chain.base)[0] for plan in plans]
             kept.inputs = [{node.name for node in nodes} for nodes in bases]
-            joint_pass(module.graph)
+            pipeline(module.graph)
             module.recompile()
             kept.after = str(module.graph)
             kept.joint = module.graph
-            assert joint_pass.report is not None
-            kept.report = joint_pass.report
+            assert pipeline.report is not None
+            kept.report = pipeline.report
             for budget in budgets:
                 with memory_budget(budget):
                     parts = aot.min_cut_rematerialization_partition(_copy(module), *args, **kwargs)

@@ -26,10 +26,11 @@ from torch.fx import Graph, GraphModule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+
 import pamm_compile
 from pamm_compile.graph.joint import JointGraph
+from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.recorded import RecordedReport
-from pamm_compile.sites.joint_pass import JointPass
 from pamm_compile.sites.projections import Site
 from pamm_testing.forms import Attention, EinsumHeads, FusedQKV, _sdpa
 from pamm_testing.zoo import WIDTH
@@ -38,7 +39,7 @@ WATCHED = (
     GraphModule,
     Graph,
     JointGraph,
-    JointPass,
+    Pipeline,
     Site,
     RecordedReport,
     pamm_compile.GraphReport,

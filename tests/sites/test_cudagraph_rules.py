@@ -6,17 +6,16 @@ import pytest
 import torch
 from pamm_testing.forms import Attention, _sdpa
 from pamm_testing.graphs import Captured, capturing_backend, step
+from pamm_testing.options import make_options
 from pamm_testing.zoo import BATCH, LENGTH, WIDTH
 from torch._inductor.utils import get_first_incompatible_cudagraph_node
 from torch.fx import GraphModule
-
-from pamm_compile.options import Options
 
 
 @pytest.mark.parametrize("sampling", ["stratified", "uniform"])
 def test_rewritten_graphs_hold_nothing_that_cuda_graphs_cannot(sampling: str) -> None:
     captured = Captured()
-    options = Options(ratio=4, min_tokens=1, epsilon=0.5, sampling=sampling)
+    options = make_options(ratio=4, min_tokens=1, epsilon=0.5, sampling=sampling)
     model = Attention(_sdpa(is_causal=True))
     backend = capturing_backend(captured, options, decompose=True)
     batch = {"x": torch.randn(BATCH, LENGTH, WIDTH)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import transformers as hf
 from pamm_testing.forms import HEAD, Attention, _sdpa, join_heads, split_heads
 from pamm_testing.graphs import Captured, capturing_backend, step
+from pamm_testing.options import make_options
 from pamm_testing.zoo import BATCH, HEADS, LENGTH, VOCAB, WIDTH, causal
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 import pamm_compile
 from pamm_compile.options import Options
 from pamm_compile.sites.reasons import Reason
+from pamm_compile.torch_backend import Backend
 
-OPTIONS = Options(ratio=4, min_tokens=1)
+OPTIONS = make_options(ratio=4, min_tokens=1)
 
 
 def _report(
@@ -32,10 +35,7 @@ def _report(
 
     exact = step(model, torch.compile(model, backend="aot_eager"), batch, loss)
     torch._dynamo.reset()
-    backend = pamm_compile.backend(
-        ratio=options.ratio, min_tokens=options.min_tokens, base="aot_eager"
-    )
-    backend.report.clear()
+    backend = Backend(replace(options, base="aot_eager"))
     ours = step(model, torch.compile(model, backend=backend), batch, loss)
     compressed = {n for site in backend.report.compressed for n in site.parameters}
     for name, grad in exact.grads.items():
@@ -204,7 +204,7 @@ def test_no_attention_at_all() -> None:
 
 
 def test_too_few_tokens() -> None:
-    report = _report(_block(), _x(), Options(ratio=4, min_tokens=BATCH * LENGTH + 1))
+    report = _report(_block(), _x(), make_options(ratio=4, min_tokens=BATCH * LENGTH + 1))
     assert set(_reasons(report).values()) == {"TOO_FEW_TOKENS"}
     assert report.sites[0].detail == f"{BATCH * LENGTH} < {BATCH * LENGTH + 1}"
 

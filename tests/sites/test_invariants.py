@@ -8,10 +8,10 @@ import pytest
 import torch
 from pamm_testing.forms import FORMS
 from pamm_testing.graphs import Captured, capturing_backend, check_saved, memory_budget, step
+from pamm_testing.options import make_options
 from pamm_testing.zoo import TRANSFORMERS, Case, without_dropout
 
 import pamm_compile
-from pamm_compile.options import Options
 
 CASES = [pytest.param(case, id=case.name) for case in [*TRANSFORMERS, *FORMS]]
 # What autocast does to a projection does not depend on how attention is written.
@@ -19,7 +19,7 @@ PRECISIONS = [
     *(pytest.param(case, False, id=f"{case.name}-fp32") for case in [*TRANSFORMERS, *FORMS]),
     *(pytest.param(case, True, id=f"{case.name}-bf16_autocast") for case in TRANSFORMERS),
 ]
-OPTIONS = Options(ratio=4, min_tokens=1)
+OPTIONS = make_options(ratio=4, min_tokens=1)
 
 
 def _expected(case: Case, names: list[str]) -> set[str]:
@@ -83,9 +83,9 @@ def test_running_the_pass_twice_changes_nothing(name: str, decompose: bool) -> N
     step(model, compiled, case.batch(), case.loss)
     assert captured.joint is not None
     once = str(captured.joint)
-    from pamm_compile.sites.joint_pass import JointPass
+    from pamm_compile.driver import make_pipeline
 
-    JointPass(OPTIONS, {})(captured.joint)
+    make_pipeline(OPTIONS, {})(captured.joint)
     assert str(captured.joint) == once
 
 

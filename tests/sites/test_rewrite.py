@@ -9,15 +9,14 @@ import pytest
 import torch
 from pamm_testing.forms import Attention, _sdpa
 from pamm_testing.graphs import Captured, capturing_backend, operators, step
+from pamm_testing.options import make_options
 from pamm_testing.zoo import BATCH, DECODERS, LAYERS, LENGTH, WIDTH, Case
 from torch import nn
-
-from pamm_compile.options import Options
 
 
 def _capture(model: nn.Module, case: Case | None = None, **options: Any) -> Captured:
     captured = Captured()
-    chosen = Options(**{"ratio": 4, "min_tokens": 1, **options})
+    chosen = make_options(**{"ratio": 4, "min_tokens": 1, **options})
     compiled = torch.compile(model, backend=capturing_backend(captured, chosen, decompose=True))
     if case is None:
         batch = {"x": torch.randn(BATCH, LENGTH, WIDTH)}

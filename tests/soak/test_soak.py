@@ -52,7 +52,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
 def test_of_a_compilation_only_its_report_stays(tmp_path: Path) -> None:
     rounds = _soak(tmp_path, "--steps", "240", "--rounds", "6", "--reset")
     warm = rounds[WARM:]
-    for name in ("GraphModule", "Graph", "JointGraph", "JointPass", "Site", "RecordedReport"):
+    for name in ("GraphModule", "Graph", "JointGraph", "Pipeline", "Site", "RecordedReport"):
         counts = [each["alive"][name] for each in warm]
         assert max(counts) == min(counts), (name, counts)
     for each in warm:

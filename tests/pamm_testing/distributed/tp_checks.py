@@ -14,7 +14,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.experimental import implicit_replication
 
 from pamm_compile.methods.pamm.compression import content_seed
-from pamm_compile.options import Options
 from pamm_testing.distributed.fsdp_checks import MIXED, SITE, shard
 from pamm_testing.distributed.tiny import (
     BATCH,
@@ -38,6 +37,7 @@ from pamm_testing.distributed.tiny import (
     watching,
 )
 from pamm_testing.graphs import Captured, capturing_backend, memory_budget, operators
+from pamm_testing.options import make_options
 
 
 def tensor_parallel() -> None:
@@ -123,7 +123,7 @@ class Counts:
 def count(mesh: DeviceMesh, *, apply: bool, budget: float) -> Counts:
     torch._dynamo.reset()
     captured = Captured()
-    options = Options(ratio=RATIO, min_tokens=1)
+    options = make_options(ratio=RATIO, min_tokens=1)
     backend = capturing_backend(captured, options, decompose=True, apply=apply)
     model = _wrap(build(), backend, mesh, sequence=True, whole=False)
     # A block's graph has the mesh among its inputs, and torch refuses to weigh it otherwise.

@@ -23,8 +23,8 @@ from hypothesis import assume
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pamm_compile.driver import make_pipeline
 from pamm_compile.options import Options
-from pamm_compile.sites.joint_pass import JointPass
 from pamm_compile.sites.reasons import Reason
 from pamm_testing.fuzz.blocks import Model, build, inputs
 from pamm_testing.fuzz.expected import expect
@@ -32,6 +32,7 @@ from pamm_testing.fuzz.products import Product
 from pamm_testing.fuzz.recording import Recording, Site
 from pamm_testing.fuzz.spec import Spec
 from pamm_testing.graphs import Captured, capturing_backend, check_saved, memory_budget
+from pamm_testing.options import make_options
 
 # Relative, of norms: what rounding in the spec's dtype may do to a gradient.
 _ROUNDING = {
@@ -91,7 +92,7 @@ def _run(spec: Spec, model: Model, call: Callable[..., Any], batch: dict[str, Te
 
 def options_of(spec: Spec) -> Options:
     targets: Any = spec.targets
-    return Options(
+    return make_options(
         ratio=spec.ratio, epsilon=spec.epsilon, sampling=spec.sampling,  # type: ignore[arg-type]
         min_generators=spec.min_generators, min_tokens=spec.min_tokens, seed=spec.seed,
         targets=targets if targets in ("qkv", "linear") else re.compile(targets),
@@ -293,7 +294,7 @@ def _check_graphs(spec: Spec, captured: Captured) -> None:
         return
     check_saved(captured, len(compressed), spec.budget, recomputes_from_x=spec.budget < 1)
     once = str(captured.joint)
-    JointPass(options_of(spec), {})(captured.joint)
+    make_pipeline(options_of(spec), {})(captured.joint)
     assert str(captured.joint) == once, "the pass is not idempotent"
 
 

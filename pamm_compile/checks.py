@@ -1,0 +1,73 @@
+"""Checks of values that users pass; every refusal says what was given and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from collections.abc import Sequence
+
+from pamm_compile.errors import InvalidOptionError
+
+
+def refusal(name: str, given: object, allowed: str, hint: str) -> InvalidOptionError:
+    """Return the error for a value that is not allowed, to be raised."""
+    return InvalidOptionError(f"{name}={given!r} is not allowed: {name} must be {allowed}. {hint}")
+
+
+def number(name: str, given: object, allowed: str, hint: str) -> float:
+    """Return a real number that is not NaN, or raise."""
+    # bool is an int to Python, and NaN passes every "not less than": both are mistakes here.
+    if isinstance(given, bool) or not isinstance(given, numbers.Real) or math.isnan(given):
+        raise refusal(name, given, allowed, hint)
+    return float(given)
+
+
+def integer(name: str, given: object, least: int, hint: str, most: int | None = None) -> int:
+    """Return an integer in [least, most], or raise."""
+    allowed = f"an integer of at least {least}" + (f" and at most {most}" if most else "")
+    if isinstance(given, bool) or not isinstance(given, numbers.Integral):
+        raise refusal(name, given, allowed, hint)
+    whole = int(given)
+    if whole < least or (most is not None and whole > most):
+        raise refusal(name, given, allowed, hint)
+    return whole
+
+
+def flag(name: str, given: object, hint: str) -> bool:
+    """Return True or False, or raise."""
+    if not isinstance(given, bool):
+        raise refusal(name, given, "True or False", hint)
+    return given
+
+
+def choice(name: str, given: object, allowed: Sequence[str], more: str = "") -> None:
+    """Raise if a value is none of the words allowed, naming the nearest."""
+    if isinstance(given, str) and given in allowed:
+        return
+    near = nearest(given, allowed) if isinstance(given, str) else None
+    hint = f"Did you mean {near!r}?" if near else "Choose one of these."
+    words = " or ".join(map(repr, allowed)) + (f", {more}" if more else "")
+    raise refusal(name, given, words, hint)
+
+
+def nearest(word: str, allowed: Sequence[str]) -> str | None:
+    """Return the allowed word that looks most like one that was given, if any does."""
+    return next(iter(difflib.get_close_matches(word, allowed, n=1)), None)
+
+
+def unknown_option(name: str, allowed: Sequence[str]) -> InvalidOptionError:
+    """Return the error for an option that does not exist, with the nearest that does.
+
+    Args:
+        name: what was given.
+        allowed: every name that is accepted.
+
+    Returns:
+        The error, to be raised.
+    """
+    near = nearest(name, allowed)
+    hint = f"Did you mean {near!r}? " if near else ""
+    # Inductor alone has hundreds of options; a list of them would hide the hint.
+    listing = f" Allowed: {', '.join(allowed)}." if len(allowed) <= 20 else ""
+    return InvalidOptionError(f"{name!r} is not an option. {hint}{listing}".strip())

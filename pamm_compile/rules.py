@@ -1,0 +1,190 @@
+"""Rules: which method for which target, as objects and as text.
+
+    {"qkv": Pamm(ratio=256), "mlp": Pamm(ratio=64)}
+    "qkv=pamm:256, mlp=pamm:64:min_generators=32, /lm_head/=exact"
+
+The first rule whose target holds a projection decides about it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from pamm_compile import checks
+from pamm_compile.errors import InvalidOptionError
+from pamm_compile.methods import METHODS, fingerprint
+from pamm_compile.methods.base import Method
+
+NAMED_TARGETS = ("qkv", "attention", "mlp", "head", "linear")
+
+Target = str | re.Pattern[str]
+Rules = tuple["Rule", ...]
+
+_EXACT = "exact"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A target, and the method for its projections; None leaves them exact."""
+
+    target: Target
+    method: Method | None
+
+    @property
+    def selects_by_name(self) -> bool:
+        """Whether the names of parameters decide."""
+        return isinstance(self.target, re.Pattern)
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that changes what the rule does."""
+        method = _EXACT if self.method is None else fingerprint(self.method)
+        if isinstance(self.target, re.Pattern):
+            # repr() of a pattern ends after 200 characters.
+            return f"/{self.target.pattern!r}/{self.target.flags} {method}"
+        return f"{self.target} {method}"
+
+    def __str__(self) -> str:
+        target = self.target if isinstance(self.target, str) else f"/{self.target.pattern}/"
+        return f"{target}={_EXACT if self.method is None else self.method}"
+
+
+def make_rules(given: object) -> Rules:
+    """Read rules from a mapping, from text, or from rules that are read already.
+
+    Args:
+        given: {target: method}, where a target is one of `NAMED_TARGETS` or a compiled regular
+            expression over parameter names, and a method has the protocol of
+            `pamm_compile.methods.base.Method`, or is None for exact; or the same as text.
+
+    Returns:
+        The rules in order.
+
+    Raises:
+        InvalidOptionError: naming the part that is wrong.
+    """
+    if isinstance(given, str):
+        return parse_rules(given)
+    if isinstance(given, tuple) and given and all(isinstance(each, Rule) for each in given):
+        return given
+    if not isinstance(given, Mapping) or not given:
+        raise InvalidOptionError(
+            f"rules={given!r} is not allowed: rules must be a non-empty mapping of targets to "
+            'methods, or text. For example {"qkv": Pamm(ratio=256)} or "qkv=pamm:256".'
+        )
+    return tuple(Rule(check_target(target), _method(m)) for target, m in given.items())
+
+
+def check_target(target: object) -> Target:
+    """Return a target, or raise if it is none."""
+    if isinstance(target, re.Pattern):
+        if not isinstance(target.pattern, str):
+            raise checks.refusal("targets", target, "a pattern of text", "Parameter names are str.")
+        return target
+    more = "or a compiled regular expression over parameter names"
+    checks.choice("targets", target, NAMED_TARGETS, more)
+    return str(target)
+
+
+def _method(given: object) -> Method | None:
+    if given is None or (isinstance(given, Method) and not isinstance(given, type)):
+        return given
+    called = f" Did you mean {given.__name__}()?" if isinstance(given, type) else ""
+    raise InvalidOptionError(
+        f"{given!r} is not a method: rules need an object with store, weight_gradients, "
+        "stored_bytes, cost, describe and fingerprint, such as pamm_compile.Pamm(ratio=256), or "
+        f"None for exact.{called}"
+    )
+
+
+def parse_rules(text: str) -> Rules:
+    """Read rules from text: "TARGET=METHOD[:VALUE][:NAME=VALUE]…", separated by commas.
+
+    Args:
+        text: a target is one of `NAMED_TARGETS`, or a regular expression between slashes; a method
+            is a name in `pamm_compile.methods.METHODS`, or "exact".
+
+    Returns:
+        The rules in order.
+
+    Raises:
+        InvalidOptionError: pointing at the part that is wrong.
+    """
+    rules = []
+    for start, part in _parts(text):
+        try:
+            rules.append(_parse_rule(part))
+        except InvalidOptionError as error:
+            pointer = " " * start + "^" * max(1, len(part))
+            raise InvalidOptionError(f"{error}\n  {text}\n  {pointer}") from None
+    if not rules:
+        raise InvalidOptionError('rules="" is not allowed: write for example "qkv=pamm:256".')
+    return tuple(rules)
+
+
+def _parts(text: str) -> Iterator[tuple[int, str]]:
+    """Yield what commas separate, those within slashes set aside, and where each begins."""
+    begin, quoted = 0, False
+    for place, letter in enumerate(f"{text},"):
+        if letter == "/" and text[place - 1 : place] != "\\":
+            quoted = not quoted
+        if letter == "," and (not quoted or place == len(text)):
+            part = text[begin:place]
+            if part.strip():
+                yield begin + len(part) - len(part.lstrip()), part.strip()
+            begin = place + 1
+
+
+def _parse_rule(part: str) -> Rule:
+    # The pattern may itself hold "=".
+    pattern, name = r"/(?P<pattern>(?:[^/\\]|\\.)*)/", r"(?P<name>[^/=]*)"
+    match = re.fullmatch(rf"({pattern}|{name})\s*=\s*(?P<how>.*)", part)
+    if match is None:
+        raise InvalidOptionError(
+            f"{part!r} is not a rule: write TARGET=METHOD, such as qkv=pamm:256 or "
+            "/lm_head/=exact, with patterns between slashes."
+        )
+    if match["pattern"] is not None:
+        target: Target = _pattern(match["pattern"])
+    else:
+        target = check_target(match["name"].strip())
+    return Rule(target, _parse_method(match["how"].strip()))
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    if not text:
+        raise InvalidOptionError("// is no pattern: an empty one would match every name.")
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise InvalidOptionError(f"/{text}/ is no regular expression: {error}.") from None
+
+
+def _parse_method(text: str) -> Method | None:
+    name, *values = (value.strip() for value in text.split(":"))
+    if name == _EXACT and not values:
+        return None
+    if name not in METHODS:
+        allowed = (*METHODS, _EXACT)
+        near = checks.nearest(name, allowed)
+        hint = f"Did you mean {near!r}? " if near else ""
+        raise InvalidOptionError(
+            f"{name!r} is not a method. {hint}Allowed: {', '.join(allowed)}; "
+            "pamm_compile.methods.register_method adds to these."
+        )
+    positional = [_value(v) for v in values if "=" not in v]
+    named = dict(v.split("=", 1) for v in values if "=" in v)
+    try:
+        return METHODS[name](*positional, **{n.strip(): _value(v) for n, v in named.items()})
+    except TypeError as error:
+        raise InvalidOptionError(f"{text!r}: {error}.") from None
+
+
+def _value(text: str) -> object:
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()

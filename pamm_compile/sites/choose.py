@@ -1,0 +1,99 @@
+"""Which method for which projection: rules applied to a joint graph, one site a method.
+
+rules          qkv = A,  linear = B
+site of X      {q, k, v: A}  {gate: B}        two candidates, each storing X in its own way
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from pamm_compile.graph.joint import JointGraph
+from pamm_compile.methods.base import Method, Size
+from pamm_compile.rules import Rules
+from pamm_compile.sites.cost import size_of
+from pamm_compile.sites.projections import Projection, Projections, Site
+from pamm_compile.sites.reasons import Decline, Reason
+from pamm_compile.sites.targets import find_projections
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A site, and the method that the rules choose for it."""
+
+    site: Site
+    method: Method
+    size: Size
+
+
+@dataclass
+class Choice:
+    """What the rules make of one joint graph."""
+
+    candidates: list[Candidate]
+    """In graph order."""
+    declines: list[tuple[Candidate | None, Decline]]
+    """What stays exact already now."""
+
+
+def choose(joint: JointGraph, rules: Rules, *, siblings: bool) -> Choice:
+    """Apply rules to a joint graph.
+
+    Args:
+        joint: the graph to read.
+        rules: the first whose target holds a projection decides about it.
+        siblings: whether projections that no rule names join those that read the same input.
+
+    Returns:
+        The candidates, and what rules or the search leave exact.
+    """
+    chosen: dict[Node, tuple[Projection, Method | None]] = {}
+    declines: list[Decline] = []
+    for rule in rules:
+        found = find_projections(joint, rule.target)
+        for projection in found.projections:
+            chosen.setdefault(projection.node, (projection, rule.method))
+        declines += [decline for decline in found.declines if decline not in declines]
+    if siblings:
+        for node, both in _siblings(joint, chosen):
+            chosen.setdefault(node, both)
+    exact = [projection for projection, method in chosen.values() if method is None]
+    declines += [Decline(Reason.EXACT_BY_RULE, projection.name) for projection in exact]
+    return Choice(_candidates(joint, chosen), [(None, decline) for decline in declines])
+
+
+def _siblings(
+    joint: JointGraph, chosen: dict[Node, tuple[Projection, Method | None]]
+) -> Iterator[tuple[Node, tuple[Projection, Method | None]]]:
+    for site in Projections(joint).sites(find_projections(joint, "linear").projections):
+        methods = [chosen[p.node][1] for p in site.projections if p.node in chosen]
+        method = next((each for each in methods if each is not None), None)
+        if method is not None:
+            yield from ((p.node, (p, method)) for p in site.projections if p.node not in chosen)
+
+
+def _candidates(
+    joint: JointGraph, chosen: dict[Node, tuple[Projection, Method | None]]
+) -> list[Candidate]:
+    candidates = []
+    for site in Projections(joint).sites(projection for projection, _ in chosen.values()):
+        # Equal methods are one, wherever the rules name them.
+        methods = {chosen[p.node][1] for p in site.projections}
+        for method in sorted(methods - {None}, key=repr):
+            assert method is not None
+            own = _part(site, {p.node for p in site.projections if chosen[p.node][1] == method})
+            candidates.append(Candidate(own, method, size_of(own)))
+    return candidates
+
+
+def _part(site: Site, nodes: set[Node]) -> Site:
+    """Return a site with only some of its projections."""
+    return Site(
+        site.chain,
+        site.input,
+        [p for p in site.projections if p.node in nodes],
+        [g for g in site.gradients if g.projection.node in nodes],
+    )

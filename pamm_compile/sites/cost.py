@@ -1,0 +1,73 @@
+"""What a method saves at a site, and what that is worth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pamm_compile.graph.joint import value
+from pamm_compile.methods.base import Cost, Method, Size, exact_cost
+from pamm_compile.private import aot
+from pamm_compile.sites.projections import Site
+
+
+@dataclass(frozen=True)
+class Device:
+    """Rates by which times are estimated; of a kind of device, not of one."""
+
+    flops: float
+    """Per second, in float32."""
+    half_speedup: float
+    """How much faster in 16 bits."""
+    bandwidth: float
+    """Bytes a second."""
+    launch: float
+    """Seconds."""
+
+    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
+        """Return an estimate of the time that a cost takes."""
+        faster = self.half_speedup if dtype.itemsize == 2 else 1.0
+        flops = cost.wide_flops + (cost.flops - cost.wide_flops) / faster
+        # A kernel either waits for memory or for arithmetic.
+        return max(flops / self.flops, cost.bytes / self.bandwidth) + cost.launches * self.launch
+
+
+# Only the balance matters, and a site is declined where that is clear. Of a CPU: two cores of a
+# server, from docs/cpu-kernels.md; of a GPU: an H100's data sheet.
+_DEVICES = {"cpu": Device(190e9, 4, 24e9, 20e-6), "cuda": Device(400e12, 2, 3.0e12, 3e-6)}
+
+
+def size_of(site: Site) -> Size:
+    """Return the sizes of a site, of symbolic shapes those that were compiled with."""
+    val = value(site.input)
+    outputs = []
+    for gradient in site.gradients:
+        # [m, n], or [n, m] where transposed; batched matmuls have a batch of one before these.
+        rows, columns = value(gradient.node).shape[-2:]
+        outputs.append(aot.size_hint(columns if gradient.transposed else rows))
+    return Size(
+        tokens=aot.size_hint(val.shape[-2]),
+        features=aot.size_hint(val.shape[-1]),
+        outputs=tuple(outputs),
+        dtype=val.dtype,
+        device=val.device.type,
+        symbolic=not isinstance(val.shape[-2], int),
+    )
+
+
+def saved_time(method: Method, size: Size) -> float:
+    """Return what a method saves of the time of the exact weight gradients, by a model of it.
+
+    Args:
+        method: any.
+        size: of the site.
+
+    Returns:
+        As a share: 1 where it takes no time at all, 0 where it takes as long, below 0 where it
+        takes longer.
+    """
+    device = _DEVICES.get(size.device, _DEVICES["cuda"])
+    return 1 - device.seconds(method.cost(size), size.dtype) / device.seconds(
+        exact_cost(size), size.dtype
+    )
