@@ -131,7 +131,7 @@ def is_divisible(expression: Any, divisor: int) -> bool:
 
 
 def is_one(sizes: Sequence[Any]) -> bool:
-    """Tell whether a tensor of these Inductor sizes is known to have one element, adding no guard."""
+    """Tell whether a tensor of these Inductor sizes has one element, adding no guard."""
     sizevars = _V.graph.sizevars
     return all(sizevars.statically_known_equals(size, 1) for size in sizes)
 

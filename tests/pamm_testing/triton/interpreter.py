@@ -129,9 +129,7 @@ class GuardedMemory:
     def __init__(self) -> None:
         self._storages: list[Tensor] = []
 
-    def empty(
-        self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype
-    ) -> Tensor:
+    def empty(self, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Stand in for `torch.empty_strided`; what is not written reads as NaN or -1."""
         span = 1 + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
         count = 2 * self._MARGIN + span * dtype.itemsize
@@ -143,9 +141,7 @@ class GuardedMemory:
         """A copy with the same strides; elements between its own read as NaN or -1."""
         target = self.empty(tensor.shape, tensor.stride(), tensor.dtype)
         if 0 in tensor.stride() and tensor.numel() > 1:
-            shown = [
-                slice(None) if step else slice(1) for step in tensor.stride()
-            ]
+            shown = [slice(None) if step else slice(1) for step in tensor.stride()]
             target[tuple(shown)].copy_(tensor[tuple(shown)])
             return target
         return target.copy_(tensor)

@@ -164,7 +164,7 @@ def code(d: Draw, inputs: list[Tensor]) -> str:
         ]
     )
     with (
-        mock.patch.object(common, "device_of", lambda device: DEVICES[d.device]),
+        mock.patch.object(common, "device_of", return_value=DEVICES[d.device]),
         mock.patch.object(assign_lowering, "tiles", _rotated(assign_lowering.tiles, d.seed)),
         mock.patch.object(contract_lowering, "tiles", _rotated(contract_lowering.tiles, d.seed)),
     ):
