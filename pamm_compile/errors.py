@@ -25,3 +25,11 @@ class MeasurementError(PammError, RuntimeError):
 
 class UnsupportedTrainerError(PammError, RuntimeError):
     """A trainer is set up in a way that compiled code cannot be used in."""
+
+
+class UnsupportedModelError(PammError, TypeError):
+    """A model has a part that a method for generation cannot treat without changing its meaning."""
+
+
+class CacheStateError(PammError, RuntimeError):
+    """A cache of keys and values was used in a way that would give a wrong result."""

@@ -1,0 +1,26 @@
+"""Attention that needs less memory when a trained model generates: factored keys and caches."""
+
+from pamm_compile.decoding.attention import attach, cache_bytes
+from pamm_compile.decoding.clusters import ClusterCache
+from pamm_compile.decoding.eviction import HeavyHitterCache, NormCache, WindowCache
+from pamm_compile.decoding.factor import (
+    factor_keys,
+    load_thin,
+    thin_keys,
+    train_queries_and_keys,
+)
+from pamm_compile.decoding.pages import PageCache
+
+__all__ = [
+    "ClusterCache",
+    "HeavyHitterCache",
+    "NormCache",
+    "PageCache",
+    "WindowCache",
+    "attach",
+    "cache_bytes",
+    "factor_keys",
+    "load_thin",
+    "thin_keys",
+    "train_queries_and_keys",
+]
