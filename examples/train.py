@@ -82,17 +82,25 @@ def arms(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def code() -> Tensor:
-    """Return the standard library's sources as bytes."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    return torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in files)), dtype=torch.uint8)
+def code(*, without: str = "") -> tuple[Tensor, Tensor]:
+    """Return the standard library's sources as bytes, every 20th file to validate on."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", without}
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
+    texts = [(root / p).read_bytes() for p in paths if not left_out & set(Path(p).parts)]
+    validation = texts[::20]
+    del texts[::20]
+    return as_bytes(b"".join(texts)), as_bytes(b"".join(validation))
 
 
-def prose() -> Tensor:
-    """Return Python's reference documentation as bytes."""
-    return torch.frombuffer(
-        bytearray("\n".join(topics.topics.values()).encode()), dtype=torch.uint8
-    )
+def prose() -> tuple[Tensor, Tensor]:
+    """Return Python's reference documentation as bytes, its last 20th to validate on."""
+    text = as_bytes("\n".join(topics.topics.values()).encode())
+    return text[: -len(text) // 20], text[-len(text) // 20 :]
+
+
+def as_bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def draw(text: Tensor, generator: torch.Generator, args: argparse.Namespace) -> dict[str, Tensor]:
@@ -218,10 +226,10 @@ def main() -> None:
     print(f"{count:,} parameters, {args.batch * args.sequence:,} tokens a step, {args.dtype}")
     if args.pretrain:
         exactly = make_run("exact, on code", "inductor", initial, args)
-        train([exactly], code(), args.pretrain, 2e-3, args)
+        # What the model is then tuned on it must not have seen.
+        train([exactly], code(without="pydoc_data")[0], args.pretrain, 2e-3, args)
         initial = exactly.model
-    text = prose() if args.pretrain else code()
-    seen, unseen = text[: -len(text) // 20], text[-len(text) // 20 :]
+    seen, unseen = prose() if args.pretrain else code()
     # Dynamo keeps compiled code per function, and all runs share theirs.
     chosen = arms(args)
     torch._dynamo.config.recompile_limit = 8 + 2 * len(chosen)

@@ -23,14 +23,23 @@ def own_cache(tmp_path: object, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
 
+def compile_threads(cores: int, workers: int, *, has_gpu: bool) -> int:
+    """Return how many compilers Inductor may start for each process of tests.
+
+    Its pool is a process that imports torch beside every process of ours: not worth it for C++,
+    but autotuning on a GPU compiles dozens of kernels that wait for nothing else.
+    """
+    return max(1, cores // workers) if has_gpu else 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    # Inductor's pool of compilers is a process that imports torch beside every process of ours.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    threads = compile_threads(os.cpu_count() or 1, workers, has_gpu=torch.cuda.is_available())
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     # Tracing makes objects by the million; looking for cycles in a growing heap took a fifth of the
     # time.
     gc.set_threshold(100_000, 50, 100)
     # Under xdist the workers share the cores; oversubscription makes matmuls many times slower.
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,25 +28,33 @@ class Text:
     """
 
     def __init__(self, without: Sequence[str] = ()) -> None:
-        root = Path(sysconfig.get_paths()["stdlib"])
-        left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", *without}
-        files = sorted(
-            path.relative_to(root).as_posix()
-            for path in root.rglob("*.py")
-            if not left_out.intersection(path.relative_to(root).parts)
+        self.train, self.validation = _standard_library(tuple(without))
+
+
+@functools.cache
+def _standard_library(without: tuple[str, ...]) -> tuple[Tensor, Tensor]:
+    """Return the bytes to train on and to validate on."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", *without}
+    files = sorted(
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*.py")
+        if not left_out.intersection(path.relative_to(root).parts)
+    )
+    # RoBERTa's padding is byte 0, which no source needs.
+    texts = [(root / file).read_bytes().replace(b"\0", b"") for file in files]
+    validation = b"".join(texts[::_VALIDATION_EVERY])
+    del texts[::_VALIDATION_EVERY]
+    train = b"".join(texts)
+    if len(train) < _LEAST_TEXT:
+        raise SystemExit(
+            f"{root} holds {len(train):,} bytes of Python sources, too few to train on; "
+            "run this with a Python whose standard library is installed as .py files."
         )
-        # RoBERTa's padding is byte 0, which no source needs.
-        texts = [(root / file).read_bytes().replace(b"\0", b"") for file in files]
-        validation = b"".join(texts[::_VALIDATION_EVERY])
-        del texts[::_VALIDATION_EVERY]
-        train = b"".join(texts)
-        if len(train) < _LEAST_TEXT:
-            raise SystemExit(
-                f"{root} holds {len(train):,} bytes of Python sources, too few to train on; "
-                "run this with a Python whose standard library is installed as .py files."
-            )
-        self.train = torch.frombuffer(bytearray(train), dtype=torch.uint8)
-        self.validation = torch.frombuffer(bytearray(validation), dtype=torch.uint8)
+    return (
+        torch.frombuffer(bytearray(train), dtype=torch.uint8),
+        torch.frombuffer(bytearray(validation), dtype=torch.uint8),
+    )
 
 
 class Prose:

@@ -1,252 +1,378 @@
-"""The methods that the studies compare: ways to keep an input X in fewer bytes than X has.
+"""Methods that are compared and not shipped, and how the studies write all methods.
 
-Each stores something of X [b, n] in the forward pass and makes an approximation X̂ of it for the
-weight gradients of the backward pass, dW ≈ dZᵀ X̂. They are written for comparison, not for speed:
-X̂ is formed whole, where an implementation would multiply its factors one after the other. What is
-stored is rounded to the dtype it would be stored in, and its bytes are those of the stored tensors.
+All have the protocol of `pamm_compile.methods.base.Method`, so that a study runs them as it runs
+the package's own, and `pamm_compile.backend(rules={"qkv": Rows(64)})` takes them too. They are
+written for comparison, not for speed.
 
-A method is written "name:size[,option…]", stages that code what the stages before them left are
-joined by "+", and "@N" at the end keeps the first N steps exact:
+A method is written as in rules, "name:value:option=value"; stages that code what the stage before
+left over are joined by "+", and "@N" at the end keeps the first N steps exact:
 
-    exact                   X itself
-    pamm:16                 PAMM with k = 16 generators
-    pamm:16,uniform,epsilon=0.5,scale=norm,refine,draws=4
-    rows:64                 k sampled rows, rescaled (uniform CRS: PAMM with ε = 0)
-    hidden:8                random projection of the features to r (the idea of CompAct)
-    sketch:64               count sketch of the tokens into k buckets
-    directions:4            r principal directions, by two power iterations
-    directions:4+pamm:16    the same, and PAMM on the rest
-    pamm:fill=16            as many generators as fit into 16 bytes a token; also after a "+"
+    exact                       X itself
+    pamm:256, subspace:0.1      the package's methods, by `pamm_compile.methods.METHODS`
+    generators:16               PAMM with k = 16, whatever the number of tokens
+    generators:16:scale=norm:refine=1:draws=4
+    directions:4                r principal directions, not quantised
+    rows:64                     k sampled rows, rescaled (uniform CRS: PAMM with ε = 0)
+    hidden:8                    random projection of the features to r (the idea of CompAct)
+    sketch:64                   count sketch of the tokens into k buckets
+    directions:4+generators:16  the same, and PAMM on the rest
+    generators:fill=16          as many as fit into 16 bytes a token in bfloat16; not after a "+"
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
-import re
-from collections.abc import Callable
-from fractions import Fraction
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pamm_compile import Pamm
+from pamm_compile.methods import METHODS
+from pamm_compile.methods.base import Cost, Method, Size, exact_cost
 from pamm_compile.methods.pamm import assign, index_dtype
-from pamm_compile.methods.pamm.compression import sample_rows
+from pamm_compile.methods.pamm.compression import (
+    Compressed,
+    Sampling,
+    content_seed,
+    sample_rows,
+    site_seed,
+    weight_gradients,
+)
 
 _CLIP = 3.0
-_FAR_APART = 1 << 20
+_MASK = 0x7FFFFFFF
 
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """What a stage keeps, and the approximation that the backward pass makes of it."""
-
-    tensors: tuple[Tensor, ...]
-    approximation: Tensor
-    """X̂, [b, n], fp32."""
-    index: Tensor | None = None
-    """The generator of every token, [b], where there are generators."""
+class Estimator:
+    """What the methods of this module share: they are not timed, so that their cost is unknown."""
 
     @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
+    def fingerprint(self) -> str:
+        """Everything that changes what is traced."""
+        return repr(self)
+
+    def cost(self, size: Size) -> Cost:
+        """Return that of the exact gradients: nobody has measured another."""
+        return exact_cost(size)
+
+    def describe(self, size: Size) -> str:
+        """Return the name and its options."""
+        return repr(self)
+
+
+def _bits(seed: Tensor, *shape: int) -> Tensor:
+    """Return numbers in [0, 2³¹) that follow from a seed, the same in both passes."""
+    place = torch.arange(math.prod(shape), device=seed.device).view(shape)
+    return site_seed((seed + place * 7919) & _MASK, 1)
+
+
+def _gradients(
+    estimate: Callable[[Tensor], Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+) -> list[Tensor]:
+    found = [estimate(grad) for grad in grads]
+    return [dw.T if flip else dw for dw, flip in zip(found, transposed, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """One coder of X, or of what earlier stages left of it."""
+class Exact(Estimator):
+    """X itself."""
 
-    name: str
-    size: int | None
-    """k or r; None if it is to be derived from `fill`."""
-    fill: float | None = None
-    """Bytes a token that the method may store, earlier stages included."""
-    sampling: str = "stratified"
-    epsilon: float | None = None
-    scale: str = "projection"
-    refine: int = 0
-    draws: int = 1
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        return _gradients(lambda grad: grad.T @ stored[0], grads, transposed)
+
+    def stored_bytes(self, size: Size) -> int:
+        return size.bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Method:
-    """A chain of stages, after some exact steps."""
+class Rows(Estimator):
+    """k sampled rows, rescaled: dW ≈ (b/k) Σ_{i sampled} dZ_iᵀ X_i."""
 
-    text: str
-    stages: tuple[Stage, ...]
-    exact_steps: int = 0
+    k: int
 
-    def store(self, x: Tensor, generator: torch.Generator, dtype: torch.dtype) -> list[Stored]:
-        """Run all stages on an input.
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        rows = sample_rows(x.shape[0], min(self.k, x.shape[0]), seed, "uniform")
+        return x[rows], rows.int()
 
-        Args:
-            x: [b, n], fp32.
-            generator: draws what is random.
-            dtype: of what is stored, indices aside.
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        x, rows = stored
+        factor = grads[0].shape[0] / rows.shape[0]
+        return _gradients(lambda grad: grad[rows.long()].T @ x * factor, grads, transposed)
 
-        Returns:
-            What each stage keeps; X̂ is the sum of their approximations.
-        """
-        kept: list[Stored] = []
-        rest = x
-        for stage in self.stages:
-            used = sum(each.bytes for each in kept)
-            size = stage.size or _fitting(stage, used, x.shape[0], x.shape[1], dtype)
-            kept.append(_CODERS[stage.name](rest, size, stage, generator, dtype))
-            rest = rest - kept[-1].approximation
-        return kept
+    def stored_bytes(self, size: Size) -> int:
+        return self.k * (size.features * size.dtype.itemsize + 4)
 
 
-def parse(text: str) -> Method:
-    """Read a method as this module's docstring writes it."""
-    body, _, warmup = text.partition("@")
-    stages = []
-    for part in body.split("+"):
-        name, _, rest = part.partition(":")
-        if name not in _CODERS:
-            raise SystemExit(f"{text!r}: no method {name!r}; there are {', '.join(_CODERS)}")
-        fields: dict[str, object] = {"size": None}
-        for option in filter(None, rest.split(",")):
-            key, _, given = option.partition("=")
-            if re.fullmatch(r"\d+", option):
-                fields["size"] = int(option)
-            elif option in ("uniform", "stratified"):
-                fields["sampling"] = option
-            elif option == "refine":
-                fields["refine"] = 1
-            elif key in ("refine", "draws"):
-                fields[key] = int(given)
-            elif key in ("epsilon", "fill"):
-                fields[key] = float(given)
-            elif key == "scale" and given in _SCALES:
-                fields[key] = given
-            else:
-                raise SystemExit(f"{text!r}: no option {option!r}")
-        if name != "exact" and (fields["size"] is None) == ("fill" not in fields):
-            raise SystemExit(f"{text!r}: {name} needs a size or fill=, and not both")
-        stages.append(Stage(name, **fields))  # type: ignore[arg-type]
-    return Method(text, tuple(stages), int(warmup or 0))
+@dataclasses.dataclass(frozen=True)
+class Hidden(Estimator):
+    """The features projected to r by random signs, which are made again: X̂ = (XP)Pᵀ."""
+
+    r: int
+
+    def _signs(self, seed: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+        return ((_bits(seed, features, self.r) & 1) * 2.0 - 1).to(dtype) * self.r**-0.5
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        # The features are needed to make the signs again, and a shape cannot be stored alone.
+        width = x.new_empty((x.shape[1], 0))
+        return x @ self._signs(seed, x.shape[1], x.dtype), seed, width
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        coefficients, seed, width = stored
+        signs = self._signs(seed, width.shape[0], coefficients.dtype)
+        return _gradients(lambda grad: grad.T @ coefficients @ signs.T, grads, transposed)
+
+    def stored_bytes(self, size: Size) -> int:
+        return self.r * size.tokens * size.dtype.itemsize
 
 
-def _fitting(stage: Stage, used: int, tokens: int, features: int, dtype: torch.dtype) -> int:
-    """Return the largest size whose bytes fit what `fill` leaves, at least 1."""
-    if stage.fill is None:
-        return 0
-    left = stage.fill * tokens - used
-    size = 1
-    while _cost(stage, size + 1, tokens, features, dtype.itemsize) <= left:
-        size += 1
-    return size
+@dataclasses.dataclass(frozen=True)
+class Sketch(Estimator):
+    """Tokens summed with random signs into k buckets, both made again."""
 
+    k: int
 
-def _cost(stage: Stage, size: int, tokens: int, features: int, item: int) -> int:
-    if stage.name == "pamm":
-        bytes_a_token = index_dtype(size).itemsize + item
-        return stage.draws * (size * features * item + tokens * bytes_a_token)
-    if stage.name == "rows":
-        return size * (features * item + 4)
-    if stage.name == "hidden":
-        return size * tokens * item
-    if stage.name == "sketch":
-        return size * features * item
-    return size * (tokens + features) * item
+    def _places(self, seed: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+        bucket = _bits(seed, tokens) % self.k
+        return bucket, (_bits(site_seed(seed, 2), tokens) & 1) * 2.0 - 1
 
+    def _sums(self, seed: Tensor, rows: Tensor) -> Tensor:
+        bucket, sign = self._places(seed, rows.shape[0])
+        signed = sign[:, None].to(rows.dtype) * rows
+        return rows.new_zeros(self.k, rows.shape[1]).index_add(0, bucket, signed)
 
-def _rounded(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    stored = tensor.to(dtype)
-    return stored, stored.float()
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        return self._sums(seed, x), seed
 
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        sums, seed = stored
+        return _gradients(lambda grad: self._sums(seed, grad).T @ sums, grads, transposed)
 
-def _exact(x: Tensor, _size: int, _stage: Stage, _g: torch.Generator, dtype: torch.dtype) -> Stored:
-    stored, back = _rounded(x, dtype)
-    return Stored((stored,), back)
-
-
-def _pamm(x: Tensor, k: int, stage: Stage, g: torch.Generator, dtype: torch.dtype) -> Stored:
-    draws = [_pamm_once(x, k, stage, g, dtype) for _ in range(stage.draws)]
-    if len(draws) == 1:
-        return draws[0]
-    mean = torch.stack([each.approximation for each in draws]).mean(0)
-    return Stored(tuple(t for each in draws for t in each.tensors), mean, draws[0].index)
-
-
-def _pamm_once(x: Tensor, k: int, stage: Stage, g: torch.Generator, dtype: torch.dtype) -> Stored:
-    tokens = x.shape[0]
-    seed = torch.randint(2**31, (), generator=g)
-    rows = sample_rows(tokens, k, seed, stage.sampling)  # type: ignore[arg-type]
-    stored, generators = _rounded(x[rows], dtype)
-    index, alpha, cosine = assign(x, generators, index_dtype(k))
-    for _ in range(stage.refine):
-        # The members' least-squares generator; those that nobody chose stay as they are.
-        weight = torch.zeros(k).index_add_(0, index.long(), alpha.square())
-        moved = torch.zeros_like(generators).index_add_(0, index.long(), alpha[:, None] * x)
-        better = torch.where(weight[:, None] > 0, moved / weight[:, None], generators)
-        stored, generators = _rounded(better, dtype)
-        index, alpha, cosine = assign(x, generators, index_dtype(k))
-    alpha = _SCALES[stage.scale](alpha, cosine)
-    if stage.epsilon is not None and stage.epsilon < 1:
-        dropped = cosine.square() < 1 - stage.epsilon**2
-        dropped[rows] = False
-        beta = Fraction(tokens, int((~dropped).sum()))
-        alpha = torch.where(dropped, 0.0, alpha * float(beta))
-    scale, back = _rounded(alpha, dtype)
-    return Stored((stored, index, scale), back[:, None] * generators[index.long()], index)
+    def stored_bytes(self, size: Size) -> int:
+        return self.k * size.features * size.dtype.itemsize
 
 
 # Of α = ⟨x, c⟩ / ‖c‖², the coefficient of the orthogonal projection onto the generator.
-_SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+SCALES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "projection": lambda alpha, cosine: alpha,
     # X̂ as long as X.
-    "norm": lambda alpha, cosine: alpha / cosine.abs().clamp(min=1e-12),
+    "norm": lambda alpha, cosine: alpha / cosine.abs().clamp(min=1e-12).to(alpha.dtype),
     # ⟨X̂, X⟩ = ‖X‖², up to a limit.
-    "unshrunk": lambda alpha, cosine: alpha * (1 / cosine.square().clamp(min=1 / _CLIP)),
+    "unshrunk": lambda alpha, cosine: alpha / cosine.square().clamp(min=1 / _CLIP).to(alpha.dtype),
 }
 
 
-def _rows(x: Tensor, k: int, _stage: Stage, g: torch.Generator, dtype: torch.dtype) -> Stored:
-    rows = torch.randperm(x.shape[0], generator=g)[:k]
-    stored, back = _rounded(x[rows], dtype)
-    approximation = torch.zeros_like(x).index_copy_(0, rows, back * (x.shape[0] / k))
-    return Stored((rows.int(), stored), approximation)
+@dataclasses.dataclass(frozen=True)
+class Variant(Estimator):
+    """PAMM with another scale, with refined generators, or the mean of several draws."""
+
+    k: int
+    scale: str = "projection"
+    refine: int = 0
+    draws: int = 1
+    sampling: Sampling = "stratified"
+
+    def _draw(self, x: Tensor, seed: Tensor) -> Compressed:
+        k = min(self.k, x.shape[0])
+        generators = x[sample_rows(x.shape[0], k, seed, self.sampling)]
+        index, alpha, cosine = assign(x, generators, index_dtype(k))
+        for _ in range(self.refine):
+            # The members' least-squares generator; those that nobody chose stay as they are.
+            members = index.long()
+            weight = alpha.new_zeros(k).index_add(0, members, alpha.square())[:, None]
+            moved = torch.zeros_like(generators).index_add(0, members, alpha[:, None] * x)
+            generators = torch.where(weight > 0, moved / weight, generators)
+            index, alpha, cosine = assign(x, generators, index_dtype(k))
+        return Compressed(generators, index, SCALES[self.scale](alpha, cosine))
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        draws = [self._draw(x, site_seed(seed, draw)) for draw in range(self.draws)]
+        return tuple(tensor for draw in draws for tensor in draw)
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        draws = [
+            weight_gradients(Compressed(*stored[at : at + 3]), grads, transposed)
+            for at in range(0, len(stored), 3)
+        ]
+        return [torch.stack(of).mean(0) for of in zip(*draws, strict=True)]
+
+    def stored_bytes(self, size: Size) -> int:
+        item = size.dtype.itemsize
+        a_token = index_dtype(self.k).itemsize + item
+        return self.draws * (self.k * size.features * item + size.tokens * a_token)
 
 
-def _hidden(x: Tensor, r: int, _stage: Stage, g: torch.Generator, dtype: torch.dtype) -> Stored:
-    # Made again from its seed in the backward pass, so that only the coefficients are stored.
-    projection = torch.randn(x.shape[1], r, generator=g) * r**-0.5
-    stored, back = _rounded(x @ projection, dtype)
-    return Stored((stored,), back @ projection.T)
+def generators(
+    k: int,
+    scale: str = "projection",
+    refine: int = 0,
+    draws: int = 1,
+    sampling: Sampling = "stratified",
+    epsilon: float | None = None,
+) -> Method:
+    """Return PAMM with k generators: the package's own, wherever it has what is asked for."""
+    if (scale, refine, draws) == ("projection", 0, 1):
+        return Pamm(ratio=2**31, min_generators=k, sampling=sampling, epsilon=epsilon)
+    if scale not in SCALES or epsilon is not None:
+        raise SystemExit(f"no scale {scale!r}, or ε with it; there are {', '.join(SCALES)}")
+    return Variant(k, scale, refine, draws, sampling)
 
 
-def _sketch(x: Tensor, k: int, _stage: Stage, g: torch.Generator, dtype: torch.dtype) -> Stored:
-    # Buckets and signs are made again from their seed.
-    bucket = torch.randint(k, (x.shape[0],), generator=g)
-    sign = torch.randint(2, (x.shape[0], 1), generator=g) * 2.0 - 1
-    sums = torch.zeros(k, x.shape[1]).index_add_(0, bucket, sign * x)
-    stored, back = _rounded(sums, dtype)
-    return Stored((stored,), sign * back[bucket])
+@dataclasses.dataclass(frozen=True)
+class Chain(Estimator):
+    """A method, and another for what it leaves over: X̂ is the sum of both."""
+
+    first: Method
+    second: Method
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        stored = self.first.store(x, seed, outputs)
+        rest = x - approximation(self.first, stored, x)
+        count = x.new_empty((len(stored), 0))
+        return (count, *stored, *self.second.store(rest, site_seed(seed, 1), outputs))
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        split = 1 + stored[0].shape[0]
+        first = self.first.weight_gradients(stored[1:split], grads, transposed)
+        second = self.second.weight_gradients(stored[split:], grads, transposed)
+        return [a + b for a, b in zip(first, second, strict=True)]
+
+    def stored_bytes(self, size: Size) -> int:
+        return self.first.stored_bytes(size) + self.second.stored_bytes(size)
 
 
-def _directions(x: Tensor, r: int, _stage: Stage, g: torch.Generator, dtype: torch.dtype) -> Stored:
-    basis = torch.randn(x.shape[1], r, generator=g)
-    for _ in range(2):
-        basis = torch.linalg.qr(x.T @ (x @ basis)).Q
-    stored, directions = _rounded(basis, dtype)
-    coefficients, back = _rounded(x @ directions, dtype)
-    return Stored((stored, coefficients), back @ directions.T)
+@dataclasses.dataclass(frozen=True)
+class Filled(Estimator):
+    """As large as fits into some bytes a token, counted in bfloat16, and at least 1."""
+
+    make: Callable[[int], Method]
+    bytes_a_token: float
+
+    def fitting(self, tokens: int, features: int, outputs: Sequence[int]) -> int:
+        size = Size(tokens, features, tuple(outputs), torch.bfloat16)
+        most = 1
+        while (
+            most < min(tokens, 4 * features)
+            and self.make(most + 1).stored_bytes(size) <= self.bytes_a_token * tokens
+        ):
+            most += 1
+        return most
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        size = self.fitting(x.shape[0], x.shape[1], outputs)
+        return (*self.make(size).store(x, seed, outputs), x.new_empty((size, 0)))
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        *kept, size = stored
+        return self.make(size.shape[0]).weight_gradients(kept, grads, transposed)
+
+    def stored_bytes(self, size: Size) -> int:
+        return self.make(self.fitting(size.tokens, size.features, size.outputs)).stored_bytes(size)
 
 
-_CODERS: dict[str, Callable[[Tensor, int, Stage, torch.Generator, torch.dtype], Stored]] = {
-    "exact": _exact,
-    "pamm": _pamm,
-    "rows": _rows,
-    "hidden": _hidden,
-    "sketch": _sketch,
-    "directions": _directions,
+def directions(r: int) -> Method:
+    """Return r principal directions that are not quantised."""
+    return METHODS["subspace"](rank=r, bits=None, iterations=2)
+
+
+NAMES: dict[str, Callable[..., Method]] = {
+    "exact": Exact,
+    "generators": generators,
+    "directions": directions,
+    "rows": Rows,
+    "hidden": Hidden,
+    "sketch": Sketch,
 }
+"""Beside those of `pamm_compile.methods.METHODS`."""
 
 
-def generator_of(*numbers: int) -> torch.Generator:
-    """Return a generator of its own for a seed, a step, a site and so on."""
-    seed = 0
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A method as a study writes it, after some exact steps."""
+
+    text: str
+    method: Method
+    exact_steps: int = 0
+
+    @property
+    def is_exact(self) -> bool:
+        return isinstance(self.method, Exact)
+
+
+def parse(text: str) -> Choice:
+    """Read a method as this module's docstring writes it."""
+    body, _, warmup = text.partition("@")
+    *before, last = [_stage(part, text) for part in body.split("+")]
+    for stage in reversed(before):
+        last = Chain(stage, last)
+    return Choice(text, last, int(warmup or 0))
+
+
+def _stage(part: str, text: str) -> Method:
+    name, *values = part.split(":")
+    make = NAMES.get(name) or METHODS.get(name)
+    if make is None:
+        raise SystemExit(f"{text!r}: no method {name!r}; there are {', '.join([*NAMES, *METHODS])}")
+    named: dict[str, Any] = {}
+    positional = []
+    for value in values:
+        key, given, option = value.rpartition("=")
+        if given:
+            named[key] = _value(option)
+        else:
+            positional.append(_value(value))
+    fill = named.pop("fill", None)
+    try:
+        if fill is not None:
+            return Filled(lambda size: make(size, **named), float(fill))
+        return make(*positional, **named)
+    except TypeError as error:
+        raise SystemExit(f"{text!r}: {error}") from None
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def approximation(method: Method, stored: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Return X̂, what a method keeps of an input: dZᵀX̂ for dZ the identity.
+
+    Args:
+        method: any.
+        stored: what it stored of `x`.
+        x: [b, n].
+    """
+    identity = torch.eye(x.shape[0], dtype=x.dtype, device=x.device)
+    return method.weight_gradients(stored, [identity], [False])[0].to(x.dtype)
+
+
+def seed_of(x: Tensor, *numbers: int) -> Tensor:
+    """Return a seed for a step, a site, a draw and so on, as the package derives one for a site."""
+    seed = content_seed(x, 0)
     for number in numbers:
-        seed = (seed * _FAR_APART + number * 7919 + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(seed)
+        seed = site_seed(seed, number)
+    return seed

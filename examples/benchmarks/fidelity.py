@@ -3,12 +3,13 @@
     python examples/benchmarks/fidelity.py
     python examples/benchmarks/fidelity.py --hidden 512 --heads 8 --layers 2 --batch 8 --lr 1e-3
 
-At some steps of exact training the inputs X and output gradients dZ of every Q, K and V projection
-are kept, and dZᵀ X̂ of each method is compared with dZᵀ X: cosine, relative error, and how much of
-the error is bias (it stays when many draws are averaged) and how much is noise. At the end rows of
-one X are drawn in their first two principal components, coloured by generator.
+At some steps of exact training the inputs X and output gradients dZ of every projection of the
+--targets are kept, and the weight gradients of each method are compared with dZᵀ X: cosine,
+relative error, and how much of the error is bias (it stays when many draws are averaged) and how
+much is noise. At the end rows of one X are drawn in their first two principal components, coloured
+by generator. `pamm_compile.fidelity` does the same on a model and a batch of your own.
 
-estimators.py has the methods, and how they are written.
+estimators.py says how methods are written; the package's own run as they ship.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,14 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from examples.benchmarks import cli, corpus, estimators, machine, models, training
-from examples.benchmarks.estimators import Method
+from examples.benchmarks import cli, corpus, estimators, machine, models, tables, training
+from examples.benchmarks.estimators import Choice
+from pamm_compile.methods.base import Method, Size
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o",
+          "gate_proj": "gate, up", "up_proj": "gate, up", "down_proj": "down"}  # fmt: skip
+"""Of projections that share an input, the name."""
+TARGETS = {"qkv": ("qkv",), "linear": tuple(dict.fromkeys(GROUPS.values()))}
 _SHOWN_ROWS = 1500
 
 
@@ -56,13 +62,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
             "sketch:fill=16",
         ],
     )
+    parser.add_argument("--targets", choices=TARGETS, default="qkv")
     parser.add_argument("--steps", type=cli.positive, default=300)
     parser.add_argument(
         "--at", type=int, nargs="+", help="steps to compare at (default: five over the training)"
     )
     parser.add_argument("--draws", type=cli.positive, default=8, help="default: 8")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
-    parser.add_argument("--picture", default="pamm:16", help="method to draw (default: pamm:16)")
+    parser.add_argument("--picture", default="generators:16", help="method to draw (PAMM, k = 16)")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
     parser.add_argument("--seed", type=int, default=0)
     cli.add_study_options(parser)
@@ -72,12 +79,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 class Recorder:
     """Keeps input and output gradient of projections for one step."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, groups: Sequence[str]) -> None:
         self.inputs: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.enabled = False
         for name, module in model.named_modules():
-            if name.endswith(_PROJECTIONS):
+            if GROUPS.get(name.rpartition(".")[2]) in groups:
                 module.register_forward_hook(self._hook(name))
 
     def _hook(self, name: str) -> Any:
@@ -89,6 +96,15 @@ class Recorder:
                 )
 
         return hook
+
+    def sites(self) -> Iterator[tuple[int, str, list[str]]]:
+        """Yield layer, name of the group, and the projections that read one input."""
+        found: dict[tuple[int, str], list[str]] = defaultdict(list)
+        for name in self.gradients:
+            layer = int(next(part for part in name.split(".") if part.isdigit()))
+            found[layer, GROUPS[name.rpartition(".")[2]]].append(name)
+        for (layer, group), names in sorted(found.items()):
+            yield layer, group, names
 
 
 def compare(
@@ -105,18 +121,18 @@ def compare(
 
     Returns:
         Per projection: the mean cosine and relative error of one draw, and the relative error's two
-        parts, in the sense error² = bias² + noise²; and the bytes stored a token.
+        parts, in the sense error² = bias² + noise²; and the bytes stored a token, in bfloat16.
     """
     sums: dict[str, Tensor] = {}
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in gradients}
-    stored = 0
+    outputs = [dz.shape[1] for dz in gradients.values()]
     exact = {name: dz.T @ x for name, dz in gradients.items()}
     for draw in range(draws):
-        kept = method.store(x, estimators.generator_of(*key, draw), torch.bfloat16)
-        stored = sum(each.bytes for each in kept)
-        approximation = torch.stack([each.approximation for each in kept]).sum(0)
-        for name, dz in gradients.items():
-            estimate, true = dz.T @ approximation, exact[name]
+        stored = method.store(x, estimators.seed_of(x, *key, draw), outputs)
+        flags = [False] * len(gradients)
+        estimates = method.weight_gradients(stored, list(gradients.values()), flags)
+        for name, estimate in zip(gradients, estimates, strict=True):
+            true = exact[name]
             sums[name] = sums.get(name, 0) + estimate
             cosine = nn.functional.cosine_similarity(estimate.flatten(), true.flatten(), dim=0)
             found[name]["cosine"].append(cosine.item())
@@ -133,28 +149,28 @@ def compare(
             "bias": max(0.0, total - noise) ** 0.5,
             "noise": noise**0.5,
         }
-    return results, stored / x.shape[0]
+    size = Size(*x.shape, tuple(outputs), torch.bfloat16)
+    return results, method.stored_bytes(size) / x.shape[0]
 
 
 def measure(
-    recorder: Recorder, methods: list[Method], step: int, args: argparse.Namespace
+    recorder: Recorder, choices: Sequence[Choice], step: int, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
+    """Compare all methods on what one step left."""
     rows = []
-    layers: dict[str, list[str]] = defaultdict(list)
-    for name in recorder.gradients:
-        layers[name.rpartition(".")[0]].append(name)
-    for number, names in enumerate(layers.values()):
-        # Q, K and V share their input.
+    for layer, group, names in recorder.sites():
         x = recorder.inputs[names[0]]
         gradients = {name: recorder.gradients[name] for name in names}
-        for method in methods:
-            found, stored = compare(method, x, gradients, (args.seed, step, number), args.draws)
+        for choice in choices:
+            key = (args.seed, step, layer)
+            found, stored = compare(choice.method, x, gradients, key, args.draws)
             rows += [
                 {
                     "step": step,
-                    "layer": number,
+                    "layer": layer,
+                    "group": group,
                     "projection": name.rpartition(".")[2],
-                    "method": method.text,
+                    "method": choice.text,
                     "bytes_per_token": stored,
                     **figures,
                 }
@@ -163,38 +179,51 @@ def measure(
     return rows
 
 
-def text_table(rows: list[dict[str, Any]]) -> str:
+def group_table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return Markdown: error of one draw and its bias at the last step, by group of projections."""
+    last = max(row["step"] for row in rows)
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [f"`{method}`"]
+        for group in groups:
+            of = [r for r in rows if (r["method"], r["group"], r["step"]) == (method, group, last)]
+            error, bias, stored = (
+                statistics.fmean(row[part] for row in of)
+                for part in ("error", "bias", "bytes_per_token")
+            )
+            cells.append(f"{error:.2f} ({bias:.2f}), {stored:.0f}")
+        lines.append(cells)
+    return tables.markdown(["error (bias), bytes a token", *groups], lines)
+
+
+def step_table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return Markdown: per method the mean over projections and layers, at every step."""
     steps = sorted({row["step"] for row in rows})
-    lines = [
-        "| method | bytes a token | "
-        + " | ".join(f"cosine, step {step}" for step in steps)
-        + " | lowest | error | bias | noise |",
-        "|---|--:|" + "--:|" * (len(steps) + 4),
-    ]
+    lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         last = [row for row in mine if row["step"] == steps[-1]]
         cosines = [
             statistics.fmean(row["cosine"] for row in mine if row["step"] == step) for step in steps
         ]
-        lines.append(
-            f"| `{method}` | {mine[0]['bytes_per_token']:.1f} | "
-            + " | ".join(f"{cosine:.3f}" for cosine in cosines)
-            + f" | {min(row['cosine'] for row in mine):.3f} | "
-            + " | ".join(
-                f"{statistics.fmean(row[part] for row in last):.2f}"
-                for part in ("error", "bias", "noise")
-            )
-            + " |"
-        )
-    return "\n".join(lines)
+        stored = statistics.fmean(row["bytes_per_token"] for row in mine)
+        lowest = min(row["cosine"] for row in mine)
+        parts = [statistics.fmean(row[part] for row in last) for part in ("error", "bias", "noise")]
+        cells = [*(f"{cosine:.3f}" for cosine in (*cosines, lowest)), *(f"{p:.2f}" for p in parts)]
+        lines.append([f"`{method}`", f"{stored:.1f}", *cells])
+    head = [*(f"cosine, step {step}" for step in steps), "lowest", "error", "bias", "noise"]
+    return tables.markdown(["method", "bytes a token", *head], lines)
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8), sharey=True, layout="constrained")
+    projections = list(dict.fromkeys(row["projection"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(projections), figsize=(3.7 * len(projections), 3.8), sharey=True,
+        layout="constrained",
+    )  # fmt: skip
     colors = plt.get_cmap("tab20").colors
-    for axis, projection in zip(axes, _PROJECTIONS, strict=True):
+    for axis, projection in zip(axes, projections, strict=True):
         axis.set_prop_cycle(color=colors)
         for method in dict.fromkeys(row["method"] for row in rows):
             by_step: dict[int, list[float]] = defaultdict(list)
@@ -212,13 +241,14 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def picture(x: Tensor, method: Method, seed: int, title: str, path: Path) -> None:
+def picture(x: Tensor, choice: Choice, seed: int, title: str, path: Path) -> None:
     """Draw rows of X and their approximations in the first two principal components of X."""
-    stored = method.store(x, estimators.generator_of(seed), torch.bfloat16)
-    index = next((each.index for each in stored if each.index is not None), None)
+    stored = choice.method.store(x, estimators.seed_of(x, seed), [x.shape[1]])
+    codes = (t for t in stored if not t.is_floating_point() and t.shape == x.shape[:1])
+    index = next(codes, None)
     if index is None:
-        raise SystemExit(f"--picture {method.text} has no generators to colour by")
-    approximation = torch.stack([each.approximation for each in stored]).sum(0)
+        raise SystemExit(f"--picture {choice.text} has no generators to colour by")
+    approximation = estimators.approximation(choice.method, stored, x)
     center = x.mean(0)
     _, spread, components = torch.pca_lowrank(x - center, q=8, center=False)
     share = spread[:2].square().sum() / (x - center).square().sum()
@@ -235,7 +265,7 @@ def picture(x: Tensor, method: Method, seed: int, title: str, path: Path) -> Non
     axes[0].set_ylabel("second")
     error = (approximation - x).norm() / x.norm()
     figure.suptitle(
-        f"{title}, {method.text}: the plane holds {share:.0%} of X's variance; "
+        f"{title}, {choice.text}: the plane holds {share:.0%} of X's variance; "
         f"relative error of X̂ {error:.2f}"
     )
     figure.savefig(path, dpi=120)
@@ -246,36 +276,27 @@ def main() -> None:
     args = parse()
     cli.prepare_study(args)
     torch.manual_seed(args.seed)
-    facts = machine.facts()
-    methods = [estimators.parse(method) for method in args.methods]
-    picture_method = estimators.parse(args.picture)
+    facts = machine.facts("cpu", args.threads)
+    choices = [estimators.parse(method) for method in args.methods]
+    drawn = estimators.parse(args.picture)
     last = args.steps - 1
     wanted = sorted(
         set(args.at or [0, args.steps // 10, args.steps // 3, 2 * args.steps // 3, last])
     )
     model = models.study_model(args)
-    recorder = Recorder(model)
+    recorder = Recorder(model, TARGETS[args.targets])
     text = corpus.Text()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
+    run = training.Run(
+        "exact", model, lambda batch: model(**batch).loss, training.optimizer_of(model, args.lr)
     )
-    draws = torch.Generator().manual_seed(args.seed)
+    data = training.batches(text.train, "llama", args.batch, args.sequence, args.seed)
     rows: list[dict[str, Any]] = []
-    losses = []
     for step in range(args.steps):
         recorder.enabled = step in wanted
-        batch = corpus.draw(text.train, "llama", args.batch, args.sequence, draws)
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(step, args.steps, args.lr)
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
+        run.step(next(data), training.learning_rate(step, args.steps, args.lr))
         if recorder.enabled:
-            rows += measure(recorder, methods, step, args)
-            print(f"step {step}: loss {losses[-1]:.3f}", flush=True)
+            rows += measure(recorder, choices, step, args)
+            print(f"step {step}: loss {run.losses[-1]:.3f}", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"fidelity-{args.hidden}-seed{args.seed}"
@@ -284,7 +305,7 @@ def main() -> None:
         "environment": facts,
         "options": cli.options(args),
         "rows": rows,
-        "losses": losses,
+        "losses": run.losses,
     }
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     plot(rows, f"{what}, seed {args.seed}", stem.with_suffix(".png"))
@@ -292,9 +313,10 @@ def main() -> None:
     if middle in recorder.inputs:
         name = f"layer {args.layers // 2} after {args.steps} steps"
         shown = args.out / f"generators-{args.hidden}.png"
-        picture(recorder.inputs[middle], picture_method, args.seed, name, shown)
+        picture(recorder.inputs[middle], drawn, args.seed, name, shown)
     print(f"\n{what}, {args.draws} draws; error, bias and noise at the last step\n")
-    print(f"{text_table(rows)}\n\n{stem}.json")
+    print("\n".join([*step_table(rows), "", *group_table(rows)]))
+    print(f"\n{stem}.json")
 
 
 if __name__ == "__main__":

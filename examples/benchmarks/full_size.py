@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import pamm_compile
-from examples.benchmarks.arms import ARMS, REFERENCE, Arm, variant
+from examples.benchmarks.arms import ARMS, REFERENCE, WHOLE, Arm, backend_of, by_name, variant
 from examples.benchmarks.models import Case, make_model, precision
 from pamm_compile.inspect.measure import saved_storages
-from pamm_compile.options import Targets
+from pamm_compile.methods.base import Size, exact_cost
+from pamm_compile.rules import parse_rules
 
-TARGETS: dict[str, Targets] = {
-    "Q, K, V": "qkv",
-    "gate, up": re.compile(r"\b(gate|up)_proj\b"),
-    "gate, up, down": re.compile(r"\b(gate|up|down)_proj\b"),
-    "Q, K, V, gate, up": re.compile(r"\b(q|k|v|gate|up)_proj\b"),
-    "Q, K, V, gate, up, down": re.compile(r"\b(q|k|v|gate|up|down)_proj\b"),
+RULES = {
+    "PAMM on Q, K, V": "qkv=pamm:{ratio:g}",
+    "PAMM on gate, up": r"/\b(gate|up)_proj\b/=pamm:{ratio:g}",
+    "PAMM on gate, up, down": r"/\b(gate|up|down)_proj\b/=pamm:{ratio:g}",
+    "PAMM on Q, K, V, gate, up": r"/\b(q|k|v|gate|up)_proj\b/=pamm:{ratio:g}",
+    "PAMM on Q, K, V, gate, up, down": r"/\b(q|k|v|gate|up|down)_proj\b/=pamm:{ratio:g}",
+    "whole model": WHOLE,
 }
 
 
@@ -47,14 +49,9 @@ def predict(
     if not arm.compiled:
         saved = saved_storages(lambda: model(**batch).loss, model=model)
         return pamm_compile.Prediction(saved, pamm_compile.Report())
-    using = backend(case, case.ratio) if arm.pamm else None
+    using = backend_of(arm, case) if arm.approximates else None
     with arm.settings():
         return pamm_compile.predict_saved(model, using=using, **batch)
-
-
-def backend(case: Case, ratio: float) -> pamm_compile.Backend:
-    """Return the backend of a ratio."""
-    return pamm_compile.backend(ratio=ratio, min_tokens=case.min_tokens)
 
 
 def frontier(case: Case, chosen: Sequence[Arm] = ARMS) -> Iterator[tuple[str, dict[str, int]]]:
@@ -81,10 +78,12 @@ def qkv(case: Case, ratios: Sequence[float]) -> dict[str, Any]:
     """
     size = torch.bfloat16.itemsize if case.dtype != "float32" else torch.float32.itemsize
     with fake_model(case) as (model, batch):
-        exact = predict(next(arm for arm in ARMS if arm.name == REFERENCE), case, model, batch)
+        exact = predict(by_name(REFERENCE), case, model, batch)
         rows = {}
         for ratio in ratios:
-            found = pamm_compile.predict_saved(model, using=backend(case, ratio), **batch)
+            found = pamm_compile.predict_saved(
+                model, using=backend_of(by_name("PAMM"), replace(case, ratio=ratio)), **batch
+            )
             report, sites = found.report, len(found.report.compressed)
             k = math.ceil(case.tokens / ratio)
             blocks = Counter(each.bytes for each in found.saved)
@@ -109,22 +108,20 @@ def qkv(case: Case, ratios: Sequence[float]) -> dict[str, Any]:
 
 
 def targets(case: Case, budgets: Sequence[float]) -> dict[str, Any]:
-    """Return what PAMM saves on each choice of projections: bytes by budget, and FLOPs."""
+    """Return what each of RULES saves: bytes by budget, and FLOPs."""
     rows: dict[str, Any] = {}
     with fake_model(case) as (model, batch):
-        backends = {
-            name: pamm_compile.backend(ratio=case.ratio, min_tokens=case.min_tokens, targets=chosen)
-            for name, chosen in TARGETS.items()
-        }
-        for name, using in {REFERENCE: None, **backends}.items():
+        for name, rules in {REFERENCE: "", **RULES}.items():
             row = rows[name] = {"saved_bytes": {}}
             for budget in budgets:
-                with Arm("", budget=budget).settings():
-                    found = pamm_compile.predict_saved(model, using=using, **batch)
+                found = predict(Arm(name, rules=rules, budget=budget), case, model, batch)
                 row["saved_bytes"][f"{budget:g}"] = found.saved_bytes
             row["compressed_sites"] = len(found.report.compressed)
             row["weight_flops"] = weight_flops(case, model)
-            row["saved_flops"] = sum(saved_flops(site, model) for site in found.report.compressed)
+            row["saved_flops"] = sum(
+                saved_flops(site, model, rules.format(ratio=case.ratio))
+                for site in found.report.compressed
+            )
     return rows
 
 
@@ -134,10 +131,10 @@ def weight_flops(case: Case, model: nn.Module) -> int:
     return sum(3 * 2 * case.tokens * each.in_features * each.out_features for each in linear)
 
 
-def saved_flops(site: pamm_compile.SiteReport, model: nn.Module) -> int:
-    """Return the FLOPs of a site's weight gradients, less those that PAMM takes in their place."""
-    (b, n), k = site.shape, site.generators
-    m = sum(model.get_parameter(name).shape[0] for name in site.parameters)
-    exact = 2 * b * n * m
-    # Cosines of all tokens with all generators; scaled sums of rows of dZ; their product with C.
-    return exact - (2 * b * k * n + 2 * b * m + 2 * k * m * n)
+def saved_flops(site: pamm_compile.SiteReport, model: nn.Module, rules: str) -> int:
+    """Return the FLOPs of a site's weight gradients, less those that take their place."""
+    (rule,) = parse_rules(rules)
+    assert rule.method is not None
+    outputs = tuple(model.get_parameter(name).shape[0] for name in site.parameters)
+    size = Size(*site.shape, outputs, getattr(torch, site.dtype))
+    return exact_cost(size).flops - rule.method.cost(size).flops

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from examples.benchmarks import verdict
-from examples.benchmarks.arms import ARMS, REFERENCE, Arm
+from examples.benchmarks.arms import ARMS, PAPER, REFERENCE, Arm
 from examples.benchmarks.models import NAMES
 from examples.benchmarks.tables import mebibytes
 from examples.benchmarks.timing import paired_ratios, quartiles
@@ -49,8 +49,8 @@ def conclude(model: dict[str, Any]) -> None:
         times = (arms[name]["times_s"] for name in (mine, theirs))
         ratios = paired_ratios(*times)
         arms[mine]["time_ratio_at_same_setting"] = quartiles(ratios)._asdict()
-    pamm = [arm.name for arm in ARMS if arm.pamm and arm.name in arms]
-    exact = [arm.name for arm in ARMS if not arm.pamm and arm.name in arms]
+    pamm = [arm.name for arm in ARMS if arm.approximates and arm.name in arms]
+    exact = [arm.name for arm in ARMS if not arm.approximates and arm.name in arms]
     model["verdicts"], model["pareto"] = {}, {}
     for metric, field in METRICS.items():
         figures = {n: verdict.Figures(arm[field], arm["times_s"]) for n, arm in arms.items()}
@@ -65,9 +65,9 @@ def twins(arms: Mapping[str, Model]) -> list[tuple[str, str]]:
     exact = {
         arm.budget: arm.name
         for arm in ARMS
-        if arm.compiled and not (arm.pamm or arm.aggressive or arm.checkpointed)
+        if arm.compiled and not (arm.approximates or arm.aggressive or arm.checkpointed)
     }
-    pairs = [(arm.name, exact[arm.budget]) for arm in ARMS if arm.pamm]
+    pairs = [(arm.name, exact[arm.budget]) for arm in ARMS if arm.approximates]
     return [pair for pair in pairs if all(name in arms for name in pair)]
 
 
@@ -221,7 +221,7 @@ def _draw(axes: Any, arms: Mapping[str, Model], metric: str, front: Sequence[str
             y,
             yerr=[[y - 1 / ratio["high"]], [1 / ratio["low"] - y]],
             fmt=_marker(arm),
-            color="C3" if arm.pamm else "C0" if arm.compiled else "gray",
+            color=_color(arm),
             capsize=2,
             markersize=7,
             linewidth=0.8,
@@ -229,6 +229,12 @@ def _draw(axes: Any, arms: Mapping[str, Model], metric: str, front: Sequence[str
             label=arm.name,
         )
     axes.set_xlabel(f"{metric} memory, by that of compile")
+
+
+def _color(arm: Arm) -> str:
+    if arm.approximates:
+        return "C3" if arm.rules == PAPER else "C2"
+    return "C0" if arm.compiled else "gray"
 
 
 def _marker(arm: Arm) -> str:

@@ -111,6 +111,8 @@ def arms_table(models: dict[str, Any]) -> list[str]:
         "|---|" + "--:|" * (2 * len(shown)),
     ]
     for arm in ARMS:
+        if not any(arm.name in models[name]["arms"] for name in shown):
+            continue
         cells = []
         for name in shown:
             arms = models[name]["arms"]
@@ -133,7 +135,7 @@ def targets_table(models: dict[str, Any]) -> list[str]:
     counted = [model["targets"] for model in models.values() if "targets" in model]
     budgets = list(counted[0][REFERENCE]["saved_bytes"]) if counted else []
     head = " | ".join(f"saved at {budget} MiB | by exact" for budget in budgets)
-    lines = [f"| PAMM on | {head} | FLOPs saved |", "|---|" + "--:|" * (2 * len(budgets) + 1)]
+    lines = [f"| rules | {head} | FLOPs saved |", "|---|" + "--:|" * (2 * len(budgets) + 1)]
     for model_name, model in models.items():
         rows = model.get("targets", {})
         for name, row in rows.items():

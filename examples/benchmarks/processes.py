@@ -31,16 +31,18 @@ class Processes:
     Args:
         device: where the jobs run.
         jobs: how many run at once at most; they share the cores for compiling.
+        inline: run them in this process one after the other: to see that they run, not to measure.
     """
 
-    def __init__(self, device: str, jobs: int) -> None:
+    def __init__(self, device: str, jobs: int, *, inline: bool = False) -> None:
+        self.inline = inline
         cores = os.cpu_count() or 1
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // jobs)))
         self._spawned: BaseContext = multiprocessing.get_context("spawn")
         self._for_memory = self._spawned
         self.method = "spawn"
         available = "forkserver" in multiprocessing.get_all_start_methods()
-        if torch.device(device).type == "cpu" and available:
+        if torch.device(device).type == "cpu" and available and not inline:
             self.method = "forkserver"
             self._for_memory = multiprocessing.get_context("forkserver")
             self._for_memory.set_forkserver_preload([_PRELOADED])
@@ -57,10 +59,14 @@ class Processes:
         self, job: Job, *arguments: Any, timeout: float | None = None
     ) -> dict[str, Any]:
         """Run a job where freed memory is given back at once; else as `run`."""
+        if self.inline:
+            return job(*arguments)
         return _run(self._for_memory, job, arguments, timeout)
 
     def run(self, job: Job, *arguments: Any, timeout: float | None = None) -> dict[str, Any]:
         """Return what a job returns; if it fails, its error."""
+        if self.inline:
+            return job(*arguments)
         return _run(self._spawned, job, arguments, timeout)
 
 

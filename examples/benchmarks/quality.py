@@ -1,13 +1,13 @@
 """Train small language models with approximate weight gradients of several kinds, and compare.
 
-    python examples/benchmarks/quality.py --methods exact pamm:16 directions:4+pamm:16 --seeds 0 1 2
-    python examples/benchmarks/quality.py --methods exact pamm:8 pamm:32 --pretrain 300 --lr 5e-4
+    python examples/benchmarks/quality.py --methods exact pamm:256 subspace:20 --seeds 0 1 2
+    python examples/benchmarks/quality.py --methods exact generators:32 --pretrain 300 --lr 5e-4
     python examples/benchmarks/quality.py --table runs/quality.jsonl
 
-estimators.py has the methods, and how they are written. Only the weight gradients of the
-projections are approximated, as PAMM does; training is fp32 and eager, and what a method stores is
-rounded to bfloat16. Every run is one line of JSON in --out; runs that are already there are not
-repeated, so that a study may be interrupted. Losses are in nats a byte.
+estimators.py says how methods are written; the package's own run as they ship. Only the weight
+gradients of the projections are approximated; training is fp32 and eager, and the bytes are those
+that a method would store of bfloat16 inputs. Every run is one line of JSON in --out; runs that are
+already there are not repeated, so that a study may be interrupted. Losses are in nats a byte.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from examples.benchmarks import cli, corpus, estimators, machine, models, training
-from examples.benchmarks.estimators import Method
+from examples.benchmarks.estimators import Choice
+from pamm_compile.methods.base import Method, Size
 
 TARGETS = {
     "qkv": r"\.(q|k|v)_proj$",
@@ -46,45 +47,52 @@ _LAST = 50
 
 
 class Coder:
-    """What the projections of one input share: its approximation, made once a step."""
+    """What the projections of one input share: what is stored of it, once a step."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.method: Method | None = None
-        self.stored_bytes = 0
-        self.key = (0, 0)
+        self.outputs: list[int] = []
+        self.step = 0
+        self.size: Size | None = None
         self._of: Tensor | None = None
-        self._approximation = torch.empty(0)
+        self._stored: tuple[Tensor, ...] = ()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return X̂ of an input [..., n] as [b, n]."""
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what the method stores of an input [..., n]."""
         if x is not self._of:
             assert self.method is not None
-            generator = estimators.generator_of(*self.key, self.number)
             flat = x.detach().flatten(0, -2)
-            stored = self.method.store(flat, generator, torch.bfloat16)
-            self.stored_bytes = sum(each.bytes for each in stored)
-            self._approximation = sum(each.approximation for each in stored)  # type: ignore[assignment]
+            seed = estimators.seed_of(flat, self.step, self.number)
+            self._stored = self.method.store(flat, seed, self.outputs)
+            # As in training with bfloat16, though the arithmetic here is float32.
+            self.size = Size(*flat.shape, tuple(self.outputs), torch.bfloat16)
             self._of = x
-        return self._approximation
+        return self._stored
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.method.stored_bytes(self.size) if self.method and self.size else 0
 
     def forget(self) -> None:
-        self._of, self._approximation = None, torch.empty(0)
+        self._of, self._stored = None, ()
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear whose weight gradient is made from X̂ in place of X."""
+    """F.linear whose weight gradient is a method's."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, approximation: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, approximation)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, method: Method, *stored: Tensor) -> Tensor:
+        ctx.method = method
+        ctx.save_for_backward(weight, *stored)
         return F.linear(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        weight, approximation = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, *stored = ctx.saved_tensors
         (dz,) = grads
-        return dz @ weight, dz.flatten(0, -2).T @ approximation, None
+        (dw,) = ctx.method.weight_gradients(stored, [dz.flatten(0, -2)], [False])
+        return dz @ weight, dw.to(weight.dtype), None, *([None] * len(stored))
 
 
 class CodedLinear(nn.Module):
@@ -95,11 +103,13 @@ class CodedLinear(nn.Module):
         assert linear.bias is None
         self.weight = linear.weight
         self.coder = coder
+        coder.outputs.append(linear.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.coder.method is None or not torch.is_grad_enabled():
             return F.linear(x, self.weight)
-        out: Tensor = _Linear.apply(x, self.weight, self.coder(x))
+        stored = self.coder(x)
+        out: Tensor = _Linear.apply(x, self.weight, self.coder.method, *stored)
         return out
 
 
@@ -122,7 +132,7 @@ def replace_projections(model: nn.Module, pattern: str) -> list[Coder]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--methods", nargs="+", default=["exact", "pamm:16"])
+    parser.add_argument("--methods", nargs="+", default=["exact", "pamm:256"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--targets", choices=TARGETS, default="qkv")
     parser.add_argument("--steps", type=cli.positive, default=300)
@@ -143,45 +153,33 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def train(
     model: nn.Module,
     coders: Sequence[Coder],
-    method: Method,
+    choice: Choice,
     text: corpus.Text | corpus.Prose,
     steps: int,
     seed: int,
     args: argparse.Namespace,
 ) -> list[float]:
     """Train a model in place, and return the loss of every step."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1
+    run = training.Run(
+        choice.text, model, lambda batch: model(**batch).loss, training.optimizer_of(model, args.lr)
     )
-    draws = torch.Generator().manual_seed(seed)
-    is_exact = method.text == "exact"
-    losses = []
+    data = training.batches(text.train, "llama", args.batch, args.sequence, seed)
     for step in range(steps):
-        batch = corpus.draw(text.train, "llama", args.batch, args.sequence, draws)
+        is_exact = choice.is_exact or step < choice.exact_steps
         for coder in coders:
-            coder.method = None if is_exact or step < method.exact_steps else method
-            coder.key = (seed, step)
-        for group in optimizer.param_groups:
-            group["lr"] = training.learning_rate(step, steps, args.lr)
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            coder.method = None if is_exact else choice.method
+            coder.step = step
+        run.step(next(data), training.learning_rate(step, steps, args.lr))
         for coder in coders:
             coder.forget()
-        losses.append(loss.item())
-    return losses
+    return run.losses
 
 
-@torch.no_grad()
 def validate(model: nn.Module, text: corpus.Text | corpus.Prose, args: argparse.Namespace) -> float:
-    draws = torch.Generator().manual_seed(0)
-    losses = []
-    for _ in range(args.validation_batches):
-        batch = corpus.draw(text.validation, "llama", args.batch, args.sequence, draws)
-        losses.append(model(**batch).loss.item())
-    return statistics.fmean(losses)
+    data = training.batches(text.validation, "llama", args.batch, args.sequence, 0)
+    return training.validate(
+        lambda batch: model(**batch).loss, model, data, args.validation_batches
+    )
 
 
 def setting(args: argparse.Namespace) -> dict[str, Any]:
@@ -192,7 +190,7 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_one(
     initial: nn.Module,
-    method: Method,
+    choice: Choice,
     text: corpus.Text | corpus.Prose,
     seed: int,
     args: argparse.Namespace,
@@ -200,11 +198,11 @@ def run_one(
     started = time.perf_counter()
     model = copy.deepcopy(initial)
     coders = replace_projections(model, TARGETS[args.targets])
-    losses = train(model, coders, method, text, args.steps, seed + 1000 * args.pretrain, args)
+    losses = train(model, coders, choice, text, args.steps, seed + 1000 * args.pretrain, args)
     tokens = args.batch * args.sequence
     stored = [coder.stored_bytes for coder in coders if coder.stored_bytes]
     return {
-        "method": method.text,
+        "method": choice.text,
         "seed": seed,
         "setting": setting(args),
         "bytes_per_token": max(stored) / tokens if stored else 2.0 * args.hidden,

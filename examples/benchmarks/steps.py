@@ -68,7 +68,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", help="of the trainings")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (1e-3)")
     parser.add_argument("--threads", type=cli.positive, default=torch.get_num_threads())
-    parser.add_argument("--jobs", type=cli.positive, help="arms at once that measure memory")
+    parser.add_argument(
+        "--jobs", type=int, help="arms at once that measure memory; 0: all in this process, to try"
+    )
     parser.add_argument("--time-limit", type=float, help="seconds to spend at most, about")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
     parser.add_argument("--read", type=Path, help="measure nothing; write what this file holds")
@@ -129,7 +131,7 @@ class Benchmark:
             "left_out": [n for n in preset.left_out if n not in args.models],
             "skipped": [],
         }
-        self.processes = Processes(args.device, args.jobs)
+        self.processes = Processes(args.device, max(1, args.jobs), inline=args.jobs == 0)
 
     def deadline(self, share: float = 1.0) -> float | None:
         """Return when a share of the time limit is spent."""
@@ -200,7 +202,7 @@ class Benchmark:
             first, *rest = self.arms
             result = job(first)
             done(first, result)
-            jobs = self.args.jobs
+            jobs = max(1, self.args.jobs)
             if "peak_bytes" in result:
                 jobs = jobs_that_fit(case.device, worker.device_bytes(result), jobs)
             with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
@@ -221,7 +223,7 @@ class Benchmark:
             result = self.processes.run(
                 worker.quality,
                 dataclasses.replace(case, seed=seed),
-                [case.ratio],
+                [each for each in self.arms if each.name == REFERENCE or _trains(each)],
                 self.args.quality_steps,
                 self.args.lr,
                 timeout=left,
@@ -234,6 +236,11 @@ class Benchmark:
         if model["quality"]:
             model["quality_summary"] = output.summarize_quality(model["quality"])
             print("\n".join(output.quality_table(model["quality"])))
+
+
+def _trains(arm: Arm) -> bool:
+    """Whether an arm may end at another loss: of arms that differ in their budget one is enough."""
+    return arm.approximates and arm.budget == 1
 
 
 def _left(deadline: float | None, grace: float = 0.0) -> float | None:
@@ -249,8 +256,8 @@ def write_again(path: Path) -> None:
     path.with_name("benchmark.md").write_text(output.markdown(record))
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     if args.read:
         write_again(args.read)
         return

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
+import os
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import pamm_compile
-from examples.benchmarks import arms, corpus, models, peak, training
+from examples.benchmarks import arms, corpus, full_size, models, peak, training
 from examples.benchmarks.arms import Arm
 from examples.benchmarks.models import Case
 from examples.benchmarks.timing import in_turn, seconds
+from pamm_compile.private import inductor
 
 PEAKS = 3
 WARMUP = 2
 COMPILE_SHARE = 0.7
 """Of the time that is left; the rest is for the rounds."""
 LEAST_ROUNDS = 3
+_TRIAL_STEPS = 4
+_VALIDATION_SHARE = 0.9
 
 
 def set_up(case: Case) -> None:
@@ -37,8 +44,8 @@ def memory(case: Case, arm: Arm) -> dict[str, Any]:
     set_up(case)
     model, batch = models.make_model(case), models.make_batch(case)
     started = time.perf_counter()
-    if arm.pamm:
-        arms.pamm_backend(case).report.clear()
+    if arm.approximates:
+        arms.backend_of(arm, case).report.clear()
     loss = arms.loss_function(arms.compile_arm(arm, model, case), batch, case)
     arms.train_step(loss, model)
     first_step = time.perf_counter() - started
@@ -56,13 +63,13 @@ def memory(case: Case, arm: Arm) -> dict[str, Any]:
         "peak_source": peaks[0][1],
         "first_step_s": first_step,
     }
-    if arm.pamm:
-        report = arms.pamm_backend(case).report
+    if arm.approximates:
+        report = arms.backend_of(arm, case).report
         if not report.compressed:
             raise SystemExit(f"{case.cuts()}: nothing is compressed.\n{report}")
         result["compressed_sites"] = len(report.compressed)
-        result["qkv_bytes_before"] = report.bytes_before
-        result["qkv_bytes_after"] = report.bytes_after
+        result["inputs_bytes_before"] = report.bytes_before
+        result["inputs_bytes_after"] = report.bytes_after
     return result
 
 
@@ -72,6 +79,68 @@ def device_bytes(measured: dict[str, Any]) -> int:
     Twice what this arm took, since eager and others take more, and what CUDA itself does.
     """
     return 2**30 + 2 * int(measured["peak_bytes"] + 4 * measured["parameters"])
+
+
+def cold_compile(case: Case, arm: Arm) -> dict[str, Any]:
+    """Time the first step of one arm with an empty cache; the process is to be a fresh one."""
+    set_up(case)
+    model, batch = models.make_model(case), models.make_batch(case)
+    with tempfile.TemporaryDirectory() as cache, _timed_pass() as spent:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        loss = arms.loss_function(arms.compile_arm(arm, model, case), batch, case)
+        before, started = sum(os.times()[:4]), time.perf_counter()
+        arms.train_step(loss, model)
+        wall = time.perf_counter() - started
+        cpu_seconds = sum(os.times()[:4]) - before
+        kernels = sum(1 for path in Path(cache).rglob("*") if path.suffix in (".cpp", ".cubin"))
+    return {
+        "seconds": wall,
+        "cpu_seconds": cpu_seconds,
+        "pass_seconds": sum(spent),
+        "kernel_files": kernels,
+    }
+
+
+def partition_time(case: Case, arm: Arm) -> dict[str, Any]:
+    """Time tracing, our pass and partitioning of one arm, on fake tensors, nothing generated."""
+    set_up(case)
+    with full_size.fake_model(case) as (model, batch), _timed_pass() as spent:
+        started = time.perf_counter()
+        found = full_size.predict(arm, case, model, batch)
+        wall = time.perf_counter() - started
+    return {
+        "seconds": wall,
+        "pass_seconds": sum(spent),
+        "compressed_sites": len(found.report.compressed),
+    }
+
+
+@contextmanager
+def _timed_pass() -> Iterator[list[float]]:
+    """Yield a list that gets the seconds of every run of what we insert into Inductor."""
+    spent: list[float] = []
+    compile_fx = inductor.compile_fx
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        settings = kwargs.get("config_patches") or {}
+        ours = settings.get("joint_custom_pre_pass")
+        if ours is None:
+            return compile_fx(*args, **kwargs)
+        call = type(ours).__call__
+
+        def run(self: Any, graph: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return call(self, graph)
+            finally:
+                if self is ours:
+                    spent.append(time.perf_counter() - start)
+
+        with mock.patch.object(type(ours), "__call__", run):
+            return compile_fx(*args, **kwargs)
+
+    with mock.patch.object(inductor, "compile_fx", timed):
+        yield spent
 
 
 def step_times(
@@ -116,36 +185,64 @@ def step_times(
     return {"seconds": times, "skipped": skipped}
 
 
-def quality(case: Case, ratios: Sequence[float], steps: int, rate: float) -> dict[str, Any]:
-    """Train with exact torch.compile and with PAMM, on the same data from the same weights."""
+def quality(
+    case: Case, chosen: Sequence[Arm], steps: int, rate: float, seconds_left: float | None = None
+) -> dict[str, Any]:
+    """Train arms side by side, on the same data from the same weights, the exact one first.
+
+    Args:
+        case: the model.
+        chosen: the arms.
+        steps: how many; with `seconds_left`, at most.
+        rate: peak learning rate.
+        seconds_left: take as many steps as fit into so much time.
+
+    Returns:
+        By arm, losses and times.
+    """
     set_up(case)
-    text = corpus.Text()
+    started, text = time.perf_counter(), corpus.Text()
 
     def data(of: Tensor, seed: int) -> Any:
         sizes = (case.shape.family, case.batch, case.shape.sequence)
         return training.batches(of, *sizes, seed, case.device)
 
-    chosen: list[tuple[str, Any]] = [(arms.REFERENCE, case.base)]
-    for ratio in ratios:
-        backend = arms.pamm_backend(dataclasses.replace(case, ratio=ratio))
-        chosen.append((f"PAMM, ratio {ratio:g}", backend))
     runs = []
-    for name, backend in chosen:
+    for arm in chosen:
         model = models.make_model(case)
-        compiled = torch.compile(model, backend=backend, dynamic=False)
-        loss = functools.partial(_loss, compiled, case)
-        runs.append(training.Run(name, model, loss, training.optimizer_of(model, rate)))
+        loss = functools.partial(_loss, arms.compile_arm(arm, model, case), case)
+        runs.append(training.Run(arm.name, model, loss, training.optimizer_of(model, rate)))
+    if seconds_left is not None:
+        took = _trial(runs, data(text.train, case.seed))
+        left = _VALIDATION_SHARE * (seconds_left - (time.perf_counter() - started))
+        steps = max(1, min(steps, int(left / took)))
     training.train_side_by_side(runs, data(text.train, case.seed), steps, rate)
     last = max(1, math.ceil(steps / 5))
     return {
         run.name: {
             "losses": run.losses,
             "train_loss": statistics.fmean(run.losses[-last:]),
-            "validation_loss": training.validate(run.model, data(text.validation, 0), 4),
+            "validation_loss": training.validate(
+                functools.partial(_loss, run.model, case), run.model, data(text.validation, 0), 4
+            ),
             "seconds": run.seconds,
         }
         for run in runs
     }
+
+
+def _trial(runs: Sequence[training.Run], batches: Iterator[training.Batch]) -> float:
+    """Compile all arms; return the seconds of a step of all of them, and leave no trace of it."""
+    for run in runs:
+        # A rate of 0 leaves weights as they are; the optimizer's state is then thrown away.
+        for _ in range(_TRIAL_STEPS):
+            run.step(next(batches), 0.0)
+        run.optimizer.state.clear()
+    took = sum(min(run.seconds) for run in runs)
+    for run in runs:
+        run.losses.clear()
+        run.seconds.clear()
+    return took
 
 
 def _loss(model: Callable[..., Any], case: Case, batch: dict[str, Tensor]) -> Tensor:

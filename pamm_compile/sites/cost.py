@@ -34,7 +34,7 @@ class Device:
 
 
 # Only the balance matters, and a site is declined where that is clear. Of a CPU: two cores of a
-# server, from docs/cpu-kernels.md; of a GPU: an H100's data sheet.
+# server, from docs/benchmarks/cpu-kernels.md; of a GPU: an H100's data sheet.
 _DEVICES = {"cpu": Device(190e9, 4, 24e9, 20e-6), "cuda": Device(400e12, 2, 3.0e12, 3e-6)}
 
 

@@ -1,0 +1,147 @@
+"""Write the tables of README.md and docs/ from the records in docs/benchmarks/.
+
+    python examples/benchmarks/results.py             # write them
+    python examples/benchmarks/results.py --check     # fail if one is not what its record says
+
+A page holds a table between two comments, and what is between them is this script's:
+
+    <!-- table: NAME -->
+    <!-- end -->
+
+To publish a figure: put the raw record that its script wrote into docs/benchmarks/, name its table
+in TABLES, write the two comments where it belongs, and run this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from examples.benchmarks import cli, fidelity, output, partitions, quality, tables
+from examples.benchmarks.machine import CHECKOUT
+from examples.benchmarks.timing import paired_ratios, quartiles
+
+RECORDS = CHECKOUT / "docs" / "benchmarks"
+_BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<old>.*?)(<!-- end -->)", re.S)
+
+
+@functools.cache
+def _record(name: str) -> Any:
+    return json.loads((RECORDS / name).read_text())
+
+
+def _steps(model: str) -> list[str]:
+    return output.model_table(_record("cpu/benchmark.json")["models"][model])
+
+
+def _twins() -> list[str]:
+    rows = []
+    for name, model in _record("cpu/benchmark.json")["models"].items():
+        arms = output.measured(model)
+        for mine, theirs in output.twins(arms):
+            ratios = [arms[mine][key] / arms[theirs][key] for key in output.METRICS.values()]
+            peak, saved = (f"{ratio:.3f}" for ratio in ratios)
+            time = quartiles(paired_ratios(arms[mine]["times_s"], arms[theirs]["times_s"]))
+            rows.append([f"{output.NAMES[name]}: {mine} by {theirs}", saved, peak, str(time)])
+    return tables.markdown(["at the same setting", "saved", "peak", "time (quartiles)"], rows)
+
+
+def _first_screen() -> list[str]:
+    arms = _record("cpu/benchmark.json")["models"]["llama-60m"]["arms"]
+    left_out = ("aggressive", "0.8")
+    rows = [
+        [
+            name,
+            f"{tables.mebibytes(arm['saved_bytes'])} MiB",
+            f"{tables.mebibytes(arm['peak_bytes'])} MiB",
+            f"{arm['time_ratio']['median']:.2f} ×",
+        ]
+        for name, arm in arms.items()
+        if not any(word in name for word in left_out)
+    ]
+    return tables.markdown(["one step", "saved for backward", "peak", "time"], rows)
+
+
+def _losses(name: str) -> list[str]:
+    return _as_written_today(quality.table(quality.records(RECORDS / name)).splitlines())
+
+
+def _as_written_today(lines: list[str]) -> list[str]:
+    """Return the lines of a table with methods spelled as estimators.py does.
+
+    Records are never changed, and older ones call PAMM with k = 16 "pamm:16".
+    """
+
+    def spell(match: re.Match[str]) -> str:
+        return match[0].replace("pamm:", "generators:").replace(",", ":")
+
+    return [re.sub(r"`[^`]*`", spell, line) for line in lines]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "first-screen": _first_screen,
+    "steps-llama-60m": lambda: _steps("llama-60m"),
+    "steps-gpt2": lambda: _steps("gpt2"),
+    "steps-roberta": lambda: _steps("roberta"),
+    "steps-twins": _twins,
+    "bytes-qkv": lambda: partitions.qkv_table(_record("partitions.json")["models"]),
+    "bytes-arms": lambda: partitions.arms_table(_record("partitions.json")["models"]),
+    "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
+    "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
+    "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
+    "loss-wide": lambda: _losses("quality-wide.jsonl"),
+    "loss-batch": lambda: _losses("quality-batch.jsonl"),
+    "gradients-512": lambda: _as_written_today(
+        fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
+    ),
+}
+
+
+def pages() -> list[Path]:
+    """Return the pages that may hold tables."""
+    return [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+
+
+def written(text: str, page: str) -> str:
+    """Return a page with its tables as the records say."""
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in TABLES:
+            raise SystemExit(f"{page}: no table {name!r}; there are {', '.join(TABLES)}")
+        return match[1] + "\n".join(TABLES[name]()) + "\n" + match[4]
+
+    if text.count("<!-- table: ") != len(_BLOCK.findall(text)):
+        raise SystemExit(f"{page}: a table has no <!-- end -->")
+    return _BLOCK.sub(block, text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if one differs")
+    args: argparse.Namespace = parser.parse_args(arguments)
+    differing = []
+    for path in pages():
+        before = path.read_text()
+        after = written(before, path.name)
+        if after != before:
+            differing.append(path.name)
+            if not args.check:
+                path.write_text(after)
+    if args.check and differing:
+        raise SystemExit(f"not what docs/benchmarks/ says: {', '.join(differing)}; run this script")
+    print(f"{'differing' if args.check else 'written'}: {', '.join(differing) or 'none'}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""The pages: links lead somewhere, tables are what their records say, programs exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pamm_testing.programs import CHECKOUT
+
+from examples.benchmarks import results
+
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *(CHECKOUT / "docs").glob("*.md")]
+
+
+def _anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, _, anchor in (
+        link.partition("#") for link in re.findall(r"\]\(([^)]+)\)", page.read_text())
+    ):
+        if target.startswith("http"):
+            continue
+        path = (page.parent / target) if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in _anchors(path), f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_programs_and_tests_exist(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"(?<![\w/])(?:examples|tests|\.ci)/[\w/.]+[\w/]", text):
+        assert (CHECKOUT / name).exists(), f"{page.name} names {name}"
+
+
+def test_tables_are_what_their_records_say(capsys: pytest.CaptureFixture[str]) -> None:
+    results.main(["--check"])
+    assert "differing: none" in capsys.readouterr().out
+
+
+def test_a_table_that_differs_is_found() -> None:
+    page = "a\n<!-- table: first-screen -->\n| invented |\n<!-- end -->\nb\n"
+    rewritten = results.written(page, "page")
+    assert "invented" not in rewritten
+    assert "| compile | 269.4 MiB" in rewritten
+    assert rewritten.startswith("a\n<!-- table")
+    assert rewritten.endswith("<!-- end -->\nb\n")
+    assert results.written(rewritten, "page") == rewritten
+    with pytest.raises(SystemExit, match="no table 'invented'"):
+        results.written("<!-- table: invented -->\n<!-- end -->", "page")
+    with pytest.raises(SystemExit, match="no <!-- end -->"):
+        results.written("<!-- table: first-screen -->\n", "page")
