@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from pamm_compile.private.aot import functorch_config
 from pamm_compile.private.symbols import resolve
 
+fake_mode: Callable[[], AbstractContextManager[Any]] = resolve(
+    "torch._subclasses.fake_tensor:FakeTensorMode"
+)
 _FakeTensor: Any = resolve("torch._subclasses.fake_tensor:FakeTensor")
 _is_traceable_wrapper_subclass: Any = resolve(
     "torch.utils._python_dispatch:is_traceable_wrapper_subclass"

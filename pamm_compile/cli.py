@@ -1,0 +1,180 @@
+"""`pamm-compile` on the command line: what would be compressed in a model, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pamm_compile.errors import InvalidOptionError, PammError
+from pamm_compile.inspect.compare import compare_memory
+from pamm_compile.inspect.explain import explain
+from pamm_compile.private import memory
+from pamm_compile.torch_backend import Backend, backend
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and a batch to call it with."""
+
+    model: nn.Module
+    batch: dict[str, Any]
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """Return what is trained on: the output's `loss`, or the mean square of a tensor."""
+        out = model(**self.batch)
+        found = getattr(out, "loss", None)
+        if isinstance(found, Tensor):
+            return found
+        if isinstance(out, Tensor):
+            return out if out.dim() == 0 else out.float().square().mean()
+        raise InvalidOptionError(
+            f"the model returned {type(out).__name__}, which has no loss. Return a tensor, or an "
+            "output with a `loss`; a batch of Transformers' models needs labels."
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: as on the command line, without the program's name; None reads them there.
+
+    Returns:
+        The exit status: 0, or 2 where what was asked for is not allowed.
+    """
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    try:
+        print(chosen.run(chosen))
+    except PammError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _explain(chosen: argparse.Namespace) -> str:
+    # Nothing is allocated, so that the model may be larger than the machine.
+    with memory.fake_mode() if chosen.config else nullcontext():
+        subject = _subject(chosen)
+        report = explain(subject.model, using=_backend(chosen), **subject.batch)
+    return report.to_json() if chosen.json else report.text()
+
+
+def _compare(chosen: argparse.Namespace) -> str:
+    subject = _subject(chosen)
+    comparison = compare_memory(
+        subject.model,
+        subject.loss,
+        backend=_backend(chosen),
+        budget=chosen.budget,
+        steps=chosen.steps,
+        progress=lambda name: print(f"measuring {name} …", file=sys.stderr),
+    )
+    return comparison.to_json() if chosen.json else comparison.text()
+
+
+def _backend(chosen: argparse.Namespace) -> Backend:
+    return backend(rules=chosen.rules, goal=chosen.goal, min_tokens=chosen.min_tokens)
+
+
+def _subject(chosen: argparse.Namespace) -> Subject:
+    if bool(chosen.subject) == bool(chosen.config):
+        raise InvalidOptionError(
+            "one model is needed: either MODULE:FUNCTION, which returns a model and a batch, or "
+            "--config path/to/config.json of a Transformers model."
+        )
+    if chosen.config:
+        return _from_config(Path(chosen.config), chosen)
+    return _from_function(chosen.subject)
+
+
+def _from_function(name: str) -> Subject:
+    module, separator, function = name.partition(":")
+    if not separator:
+        raise InvalidOptionError(f"{name!r} is not allowed: write MODULE:FUNCTION.")
+    # As `python -m` does: what lies in the current folder can be named.
+    sys.path.insert(0, "")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InvalidOptionError(f"{name!r} cannot be imported: {error}.") from error
+    made = make()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise InvalidOptionError(
+            f"{name} returned {type(made).__name__}: it must return a model and a batch, which is "
+            "a mapping of keyword arguments."
+        )
+    return Subject(made[0].train(), dict(made[1]))
+
+
+def _from_config(path: Path, chosen: argparse.Namespace) -> Subject:
+    try:
+        import transformers
+    except ImportError as error:
+        raise InvalidOptionError(
+            "--config needs Transformers: pip install transformers."
+        ) from error
+    if not path.exists():
+        raise InvalidOptionError(f"--config {path}: there is no such file.")
+    config: Any = transformers.AutoConfig.from_pretrained(path)
+    config.use_cache = False
+    names = config.architectures or []
+    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
+    make: Callable[..., nn.Module] = (
+        classes[0]._from_config if classes else transformers.AutoModelForCausalLM.from_config
+    )
+    with torch.device(chosen.device):
+        model = make(config, dtype=_DTYPES[chosen.dtype]).train()
+    ids = torch.zeros(chosen.batch, chosen.sequence, dtype=torch.int64, device=chosen.device)
+    if chosen.command != "explain":
+        ids = torch.randint_like(ids, config.get_text_config().vocab_size)
+    return Subject(model, {"input_ids": ids, "labels": ids})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("pamm-compile", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, text in _COMMANDS:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        _add_common(command)
+        if name == "compare":
+            command.add_argument("--budget", type=float, default=0.99, help="of the further arms")
+            command.add_argument("--steps", type=int, default=10, help="timed steps of each arm")
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "subject", nargs="?", metavar="MODULE:FUNCTION", help="returns a model and a batch"
+    )
+    command.add_argument("--config", help="a Transformers config.json; weights are random")
+    command.add_argument(
+        "--rules", default="qkv=pamm:256", help='such as "qkv=pamm:256, mlp=pamm:64"'
+    )
+    command.add_argument("--goal", default="memory", choices=("memory", "speed", "any"))
+    command.add_argument("--min-tokens", type=int, default=256)
+    command.add_argument("--batch", type=int, default=1, help="sequences, with --config")
+    command.add_argument("--sequence", type=int, default=2048, help="tokens, with --config")
+    command.add_argument("--dtype", default="bfloat16", choices=tuple(_DTYPES))
+    command.add_argument("--device", default="cpu")
+    command.add_argument("--json", action="store_true", help="print JSON in place of a table")
+
+
+Run = Callable[[argparse.Namespace], str]
+
+_COMMANDS: tuple[tuple[str, Run, str], ...] = (
+    ("explain", _explain, "Show what would be compressed, without computing anything."),
+    ("compare", _compare, "Measure a step five ways: eager, compiled, and compressed."),
+)
