@@ -29,8 +29,8 @@ class Device:
         """Return an estimate of the time that a cost takes."""
         faster = self.half_speedup if dtype.itemsize == 2 else 1.0
         flops = cost.wide_flops + (cost.flops - cost.wide_flops) / faster
-        # A kernel either waits for memory or for arithmetic.
-        return max(flops / self.flops, cost.bytes / self.bandwidth) + cost.launches * self.launch
+        # Of several kernels in a row, one waits for arithmetic and the next for memory.
+        return flops / self.flops + cost.bytes / self.bandwidth + cost.launches * self.launch
 
 
 # Only the balance matters, and a site is declined where that is clear. Of a CPU: two cores of a

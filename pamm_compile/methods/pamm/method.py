@@ -108,9 +108,11 @@ class Pamm:
         codes = self.stored_bytes(size) - k * n * item
         scores = 2 * b * k * n
         if size.device == "cpu":
-            # The eager kernels: scores in float32, and a sum over the tokens in place of a matmul.
-            assign = Cost(scores, (b * n + 2 * k * n) * item + codes, 2, scores)
-            contract = Cost(2 * b * m, b * m * item + codes + 4 * k * m, 2, 2 * b * m)
+            # The eager kernels: in float32, through a copy where X is narrower; scores are written
+            # and read; tokens are summed in place of a matmul.
+            copied = 0 if item >= 4 else 8
+            assign = Cost(scores, b * n * (2 * item + copied) + 12 * b * k + codes, 2, scores)
+            contract = Cost(2 * b * m, b * m * (item + copied) + codes + 4 * k * m, 2, 2 * b * m)
         else:
             assign = Cost(scores, (b * n + 2 * k * n) * item + codes, 2)
             contract = Cost(2 * b * k * m, b * m * item + codes + 4 * k * m, 2)

@@ -1,0 +1,68 @@
+"""`pamm::site_seeds`: its schema, its values, and that generated kernels share their text."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import torch
+import torch._inductor.config as inductor_config
+from pamm_testing.zoo import BATCH, LENGTH, WIDTH
+from torch import Tensor, nn
+from torch._inductor.utils import get_code
+from torch.nn import functional as F
+
+import pamm_compile
+from pamm_compile.methods import register_lowerings
+from pamm_compile.methods.pamm.compression import site_seed
+from pamm_compile.methods.seeds import site_seeds
+
+
+def test_schema() -> None:
+    torch.library.opcheck(site_seeds, (torch.tensor(12345), 5))
+
+
+def test_compiled_seeds_are_the_eager_ones() -> None:
+    register_lowerings()
+    seed = torch.tensor(2**31 - 7)
+    expected = [site_seed(seed, number) for number in range(9)]
+    assert all(map(torch.equal, site_seeds(seed, 9), expected))
+    compiled = torch.compile(lambda s: [each + 0 for each in site_seeds(s, 9)])
+    assert all(map(torch.equal, compiled(seed), expected))
+
+
+class _Block(nn.Module):
+    """Attention without a residual sum, which Inductor fuses over ever more layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, -1)
+        return F.scaled_dot_product_attention(q, k, v).squeeze(1)
+
+
+@inductor_config.patch(force_disable_caches=True)
+def test_sites_share_their_kernels() -> None:
+    """A fourth layer needs no kernel that the third has not; the seeds' own has one line more."""
+
+    def kernels(layers: int) -> set[str]:
+        torch._dynamo.reset()
+        model = nn.Sequential(*(_Block() for _ in range(layers)))
+        compiled = torch.compile(model, backend=pamm_compile.backend(ratio=4, min_tokens=1))
+        x = torch.randn(BATCH, LENGTH, WIDTH)
+
+        def look() -> None:
+            # Nothing is compiled, and what stands in for compiled code returns nothing.
+            with contextlib.suppress(AttributeError):
+                compiled(x)
+
+        # Of the forward pass, where sites draw their rows.
+        code = "\n".join(get_code(look))
+        assert code.count("torch.ops.pamm.assign") >= layers
+        sources = re.findall(r"cpp_pybinding\(\[.*?\], r?'''(.*?)'''", code, re.S)
+        return {re.sub(r"\w*fused\w*", "", source) for source in sources}
+
+    assert len(kernels(4)) == len(kernels(3))
+    assert len(kernels(4) - kernels(3)) == 1
