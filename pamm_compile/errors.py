@@ -33,3 +33,7 @@ class UnsupportedModelError(PammError, TypeError):
 
 class CacheStateError(PammError, RuntimeError):
     """A cache of keys and values was used in a way that would give a wrong result."""
+
+
+class MissingPackageError(PammError, ImportError):
+    """An optional package that this function needs is not installed."""

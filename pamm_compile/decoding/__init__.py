@@ -3,6 +3,7 @@
 from pamm_compile.decoding.attention import attach, cache_bytes
 from pamm_compile.decoding.clusters import ClusterCache
 from pamm_compile.decoding.eviction import HeavyHitterCache, NormCache, WindowCache
+from pamm_compile.decoding.evolve import Evolution, Generation, evolve
 from pamm_compile.decoding.factor import (
     factor_keys,
     load_thin,
@@ -10,15 +11,21 @@ from pamm_compile.decoding.factor import (
     train_queries_and_keys,
 )
 from pamm_compile.decoding.pages import PageCache
+from pamm_compile.decoding.policy import EvictionCache, EvictionPolicy
 
 __all__ = [
     "ClusterCache",
+    "EvictionCache",
+    "EvictionPolicy",
+    "Evolution",
+    "Generation",
     "HeavyHitterCache",
     "NormCache",
     "PageCache",
     "WindowCache",
     "attach",
     "cache_bytes",
+    "evolve",
     "factor_keys",
     "load_thin",
     "thin_keys",

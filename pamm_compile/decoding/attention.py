@@ -148,7 +148,7 @@ class AttendingLayer(CacheLayerMixin):
         Returns:
             [batch, q, heads, d_v].
         """
-        self._waiting = False
+        self.answered()
         if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):
             raise UnsupportedModelError(
                 "caches that choose take masks of allowed tokens, [batch, 1, q, seen] of bool; got "
@@ -159,6 +159,10 @@ class AttendingLayer(CacheLayerMixin):
             self.after_prompt(query, mask, scaling)
             return output
         return self.choose_and_attend(module, query, mask, scaling)
+
+    def answered(self) -> None:
+        """Say that the keys given last were attended to, for keys that came without queries."""
+        self._waiting = False
 
     @abstractmethod
     def append(self, key: Tensor, value: Tensor) -> None:

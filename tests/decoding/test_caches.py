@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pamm_testing.decoding_models import CLASSES, build, generate, prompt, same
+from pamm_testing.decoding_models import CLASSES, build, generate, prompt, random_policy, same
 
 from pamm_compile import decoding
 from pamm_compile.errors import CacheStateError, InvalidOptionError, UnsupportedModelError
@@ -28,6 +28,8 @@ CACHES: dict[str, Callable[[int], Any]] = {
     "window": lambda n: decoding.WindowCache(n),
     "heavy hitters": lambda n: decoding.HeavyHitterCache(n),
     "norms": lambda n: decoding.NormCache(n, whole_layers=1),
+    # Wants everything where there is room.
+    "policy": lambda n: decoding.EvictionCache(random_policy(1e4), budget=n, interval=2),
 }
 KEEPING = ("clusters", "offloaded", "pages")
 
@@ -61,8 +63,8 @@ def test_padding_does_not_change_what_is_chosen(name: str) -> None:
     alone = {key: tensor[1:, 7:] for key, tensor in both.items()}
     plain = generate(model, alone).logits[-1]
     for cache_name, make in CACHES.items():
-        if cache_name == "pages":
-            # Pages count from the first slot, so that padding moves their borders.
+        if cache_name in ("pages", "policy"):
+            # Pages and frames count from the first slot, so that padding moves their borders.
             continue
         together = generate(model, both, past_key_values=make(12))
         single = generate(model, alone, past_key_values=make(12))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers as hf
 
+from pamm_compile.decoding import EvictionPolicy
+
 VOCAB = 61
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -74,6 +76,14 @@ def generate(model: Any, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
     """Greedy tokens with their scores."""
     settings = {"max_new_tokens": 8, "do_sample": False, **more}
     return model.generate(**inputs, **settings, return_dict_in_generate=True, output_logits=True)
+
+
+def random_policy(bias: float = 0.0) -> EvictionPolicy:
+    """A policy that keeps some tokens; all of them at a large bias."""
+    generator = torch.Generator().manual_seed(5)
+    parameters = 0.5 * torch.randn(EvictionPolicy.size, generator=generator)
+    parameters[-1] = bias
+    return EvictionPolicy(parameters)
 
 
 def same(a: Any, b: Any, tolerance: float = 1e-4) -> None:
