@@ -22,7 +22,21 @@ def prepare() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).parents[2]))
     torch.set_num_threads(1)
+    _correct_scalars()
     _correct_bfloat16()
+
+
+def _correct_scalars() -> None:
+    """Triton 3.6 makes an int of an array of one element, which numpy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def correct(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = correct
 
 
 def _correct_bfloat16() -> None:
