@@ -142,7 +142,7 @@ def source_digest() -> str:
     """
     root = Path(__file__).parents[1]
     digest = hashlib.sha256()
-    for path in sorted([*root.rglob("*.py"), *root.rglob("*.jinja")]):
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".jinja", ".json")):
         digest.update(str(path.relative_to(root)).encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -80,7 +80,7 @@ def assign(
     with_norm: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the template of `pamm::assign` computes, through the plain kernel."""
-    from pamm_testing.triton import launch
+    from pamm_compile.methods.pamm.triton import launch
 
     (b, n), k = x.shape, generators.shape[0]
     rows, columns, depth = tile
@@ -113,14 +113,14 @@ def contract(
     grad_left: bool,
 ) -> Tensor:
     """What the template of `pamm::contract` computes for one gradient, through the plain kernel."""
-    from pamm_testing.triton import launch
+    from pamm_compile.methods.pamm.triton import launch
 
     b, m = grad.shape
     rows, columns, depth = tile
     key, order = torch.sort(index, stable=True) if is_sorted else (index, index)
     offsets = torch.searchsorted(key.int(), torch.arange(k + 1, dtype=torch.int32))
     partial = torch.full((splits, m, k), 77.0)
-    launch.contract_kernel[(-(-m // rows) * -(-k // columns), splits)](
+    launch.contract_kernel[(-(-m // rows) * -(-k // columns) * splits,)](
         *(key, scale, order, offsets, grad, partial, b, k, m, grad.stride(0), grad.stride(1)),
         SPLITS=splits,
         BLOCK_K=columns,
@@ -131,6 +131,7 @@ def contract(
         WIDE=scale.dtype != grad.dtype or grad.dtype == torch.float32,
         GRAD_LEFT=grad_left,
         PRECISION="ieee",
+        K_TILES=1 << (-(-k // columns) - 1).bit_length(),
     )
     return partial.sum(0).T
 

@@ -17,9 +17,14 @@ from pamm_compile.methods.pamm.triton.common import Device, Tile
 from pamm_compile.private import inductor
 
 _MOST_GENERATORS = 256
+# Taller tiles read the generators less often, but only where there are enough for this share of the
+# multiprocessors.
+_FULL = 0.9
 
 
-def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
+def tiles(
+    k: int, n: int, dtype: torch.dtype, device: Device, tokens: int = 16384
+) -> list[Tile]:
     """Return the tile sizes to assign with, the one to take untimed first.
 
     Args:
@@ -27,6 +32,7 @@ def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
         n: features.
         dtype: of X.
         device: the limits.
+        tokens: b.
 
     Returns:
         At least one: rows are tokens, columns generators, depth features.
@@ -39,11 +45,13 @@ def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
         wanted = [Tile(64, narrow, depth, 8, 2), Tile(32, narrow, depth, 4, 2)]
     elif columns == 256:
         wanted = [
-            Tile(64, 256, depth, 8, 3),
-            Tile(64, 256, depth, 8, 4),
+            Tile(128, 128, depth, 16, 3),
+            Tile(64, 256, min(depth, 32), 8, 4),
             Tile(128, 128, depth, 8, 3),
             Tile(64, 128, depth, 4, 3),
         ]
+        if -(-tokens // 128) < _FULL * device.processors:
+            wanted.insert(0, wanted.pop(1))
     else:
         wanted = [
             Tile(128, columns, depth, 8, 3),
@@ -57,6 +65,17 @@ def tiles(k: int, n: int, dtype: torch.dtype, device: Device) -> list[Tile]:
         if fitting:
             return fitting
     return [Tile(32, min(columns, 32), min(depth, 32), 4, 2)]
+
+
+def tile_constants(tile: Tile, with_norm: bool, precision: str) -> dict[str, Any]:
+    """Return the constants of the kernel that follow from a tile."""
+    return {
+        "BLOCK_B": tile.rows,
+        "BLOCK_K": tile.columns,
+        "BLOCK_N": tile.depth,
+        "WITH_NORM": with_norm,
+        "PRECISION": precision,
+    }
 
 
 @functools.cache
@@ -131,7 +150,13 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
 
     several = inductor.is_max_autotune()
     limits = common.device_of(device)
-    ways = tiles(inductor.expression_hint(k, 128), inductor.expression_hint(n, 1024), dtype, limits)
+    ways = tiles(
+        inductor.expression_hint(k, 128),
+        inductor.expression_hint(n, 1024),
+        dtype,
+        limits,
+        inductor.expression_hint(b, 16384),
+    )
     choices: list[Any] = []
     for tile in ways if several else ways[:1]:
         _template().maybe_append_choice(
@@ -142,13 +167,9 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
             num_warps=tile.warps,
             num_stages=tile.stages,
             **common.constants(
-                BLOCK_B=tile.rows,
-                BLOCK_K=tile.columns,
-                BLOCK_N=tile.depth,
                 EVEN_N=inductor.is_divisible(n, tile.depth),
-                WITH_NORM=with_norm,
-                PRECISION=common.float32_precision(),
                 ONE=inductor.is_one([b]),
+                **tile_constants(tile, with_norm, common.float32_precision()),
             ),
             ACC_TYPE="tl.int32",
         )

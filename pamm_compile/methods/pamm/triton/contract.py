@@ -17,25 +17,30 @@ from typing import Any
 import torch
 
 from pamm_compile.methods.pamm import eager, operators
-from pamm_compile.methods.pamm.triton import common
+from pamm_compile.methods.pamm.triton import common, figures
 from pamm_compile.methods.pamm.triton.common import Device, Tile
 from pamm_compile.private import inductor
 
 MOST_ONE_HOT = 256
 """Generators up to which every program reads every token."""
 
-_MOST_SPLITS = 16
+_MOST_SPLITS = 32
+# Tiles of generators that every program of the sorted kernel compares by their tokens.
+_MOST_RANKED = 64
+# Programs per place to run them in, so that a tile of many tokens is cut and none is left waiting.
+_SORTED_WAVES = 4
 # Partial sums may cost, written and read, this share of reading the gradients.
 _PARTIAL_SHARE = 4
 
 
-def tiles(k: int, dtype: torch.dtype, device: Device) -> list[Tile]:
+def tiles(k: int, dtype: torch.dtype, device: Device, is_sorted: bool = False) -> list[Tile]:
     """Return the tile sizes to contract with, the one to take untimed first.
 
     Args:
         k: generators.
         dtype: that is multiplied in.
         device: the limits.
+        is_sorted: whether a program visits its own generators' tokens only.
 
     Returns:
         At least one: rows are columns of the gradients, columns generators, depth tokens.
@@ -44,20 +49,34 @@ def tiles(k: int, dtype: torch.dtype, device: Device) -> list[Tile]:
     if itemsize > 2:
         columns = common.power_of_two(k, 16, 64)
         wanted = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2)]
-    elif k > MOST_ONE_HOT:
-        wanted = [Tile(128, 64, 64, 8, 3), Tile(128, 64, 64, 8, 4), Tile(128, 128, 64, 8, 3)]
+    elif is_sorted:
+        # Tokens reach the pipeline through ORDER, a load that takes two of its stages.
+        wanted = [Tile(128, 64, 64, 8, 5), Tile(128, 64, 64, 8, 4), Tile(128, 128, 32, 8, 6)]
     else:
-        columns = common.power_of_two(k, 16, MOST_ONE_HOT)
         wanted = {
-            256: [Tile(64, 256, 32, 8, 4), Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3)],
-            128: [Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 8, 4)],
+            256: [
+                Tile(128, 128, 32, 8, 6),
+                Tile(128, 128, 64, 8, 4),
+                Tile(256, 128, 64, 8, 3),
+                Tile(64, 256, 32, 8, 4),
+            ],
+            128: [
+                Tile(128, 128, 32, 8, 6),
+                Tile(128, 128, 64, 8, 4),
+                Tile(256, 128, 64, 8, 3),
+            ],
+            64: [
+                Tile(128, 64, 64, 8, 4),
+                Tile(256, 64, 32, 8, 6),
+                Tile(128, 64, 64, 4, 3),
+                Tile(64, 64, 64, 4, 4),
+            ],
         }.get(
-            columns,
+            common.power_of_two(k, 16, 256),
             [
-                Tile(128, columns, 64, 8, 4),
-                Tile(128, columns, 64, 4, 3),
-                Tile(256, columns, 64, 8, 3),
-                Tile(64, columns, 64, 4, 4),
+                Tile(128, common.power_of_two(k, 16, 256), 64, 8, 4),
+                Tile(128, common.power_of_two(k, 16, 256), 64, 4, 3),
+                Tile(64, common.power_of_two(k, 16, 256), 64, 4, 4),
             ],
         )
     smallest = Tile(32, min(wanted[0].columns, 32), 32, 4, 2)
@@ -72,7 +91,15 @@ def _holds(tile: Tile, device: Device) -> bool:
     return 4 * tile.rows * tile.columns <= device.shared_bytes
 
 
-def splits(tokens: int, widths: Sequence[int], k: int, itemsize: int, tile: Tile, d: Device) -> int:
+def splits(
+    tokens: int,
+    widths: Sequence[int],
+    k: int,
+    itemsize: int,
+    tile: Tile,
+    device: Device,
+    is_sorted: bool = False,
+) -> int:
     """Return how many shares the tokens are cut into, so that all multiprocessors have work.
 
     Args:
@@ -81,23 +108,54 @@ def splits(tokens: int, widths: Sequence[int], k: int, itemsize: int, tile: Tile
         k: generators.
         itemsize: bytes of a gradient's element.
         tile: as cut.
-        d: the limits.
+        device: the limits.
+        is_sorted: whether a program visits its own generators' tokens only.
 
     Returns:
-        In [1, 16].
+        In [1, 32].
     """
     programs = sum(-(-m // tile.rows) for m in widths) * -(-k // tile.columns)
-    resident = max(1, min(3, d.shared_bytes // (tile.stages * tile.rows * tile.depth * itemsize)))
-    wanted = d.processors * resident // max(1, programs)
+    shared = tile.stages * tile.rows * tile.depth * itemsize
+    places = device.processors * figures.resident(
+        "sorted" if is_sorted else "contract", tile, device, shared
+    )
+    wanted = places * (_SORTED_WAVES if is_sorted else 1) // max(1, programs)
     affordable = tokens * itemsize // (8 * k * _PARTIAL_SHARE)
-    worthwhile = tokens // (8 * tile.depth)
+    visited = tokens * tile.columns // max(k, tile.columns) if is_sorted else tokens
+    worthwhile = visited // (8 * tile.depth)
     return max(1, min(wanted, affordable, worthwhile, _MOST_SPLITS))
+
+
+def tile_constants(
+    tile: Tile, product: torch.dtype, is_sorted: bool, device: Device, precision: str
+) -> dict[str, Any]:
+    """Return the constants of the kernel that follow from a tile, and what is multiplied where."""
+    return {
+        "BLOCK_M": tile.rows,
+        "BLOCK_K": tile.columns,
+        "BLOCK_T": tile.depth,
+        "SORTED": is_sorted,
+        "WIDE": product == torch.float32,
+        # Fewer generators than a Hopper matmul has rows are better its columns: the gradient is then
+        # the left operand. From 64 on, the one-hot tile is made in the registers that the matmul
+        # takes it from, at half the instructions or less.
+        "GRAD_LEFT": (
+            product.itemsize == 2 and device.reads_left_from_shared and tile.columns < 64
+        ),
+        "PRECISION": precision,
+    }
+
+
+def ranked(k: Any, columns: int) -> int:
+    """How many tiles of generators the sorted kernel ranks by weight; 1 where it does not."""
+    tiles = -(-k // columns) if isinstance(k, int) else int(-(-k // columns)) if k.is_number else 0
+    return common.power_of_two(tiles, 1, _MOST_RANKED) if tiles <= _MOST_RANKED else 1
 
 
 def _grid(k: Any, *rest: Any, cdiv: Any) -> tuple[Any, Any, Any]:
     *widths, meta = rest
     column_tiles = sum(cdiv(m, meta["BLOCK_M"]) for m in widths)
-    return (column_tiles * cdiv(k, meta["BLOCK_K"]), meta["SPLITS"], 1)
+    return (column_tiles * cdiv(k, meta["BLOCK_K"]) * meta["SPLITS"], 1, 1)
 
 
 @functools.cache
@@ -106,7 +164,8 @@ def _template() -> Any:
         name="pamm_contract",
         grid=inductor.SymbolicGridFn(_grid),
         source=common.template_source(
-            "pamm_contract", ("pamm_codes", "pamm_contract_tile", "pamm_span")
+            "pamm_contract",
+            ("pamm_codes", "pamm_contract_tile", "pamm_heaviest", "pamm_program", "pamm_span"),
         ),
     )
 
@@ -179,7 +238,8 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
     widths = [grad.get_size()[1] for grad in grads]
     k_hint, b_hint = inductor.expression_hint(k, 128), inductor.expression_hint(b, 16384)
     product = grads[0].get_dtype() if len(dtypes) == 1 else torch.float32
-    ways = tiles(k_hint, product, limits)
+    is_sorted = k_hint > MOST_ONE_HOT
+    ways = tiles(k_hint, product, limits, is_sorted)
     several = inductor.is_max_autotune()
     shares = splits(
         b_hint,
@@ -188,8 +248,8 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
         grads[0].get_dtype().itemsize,
         ways[0],
         limits,
+        is_sorted,
     )
-    is_sorted = k_hint > MOST_ONE_HOT
     key, *sorting = _sorted(index, k) if is_sorted else (index,)
     nodes = [inductor.realized(n, dense=True) for n in (key, scale, *sorting)]
     nodes += [inductor.realized(grad) for grad in grads]
@@ -208,15 +268,10 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
             **common.constants(
                 GRADS=len(grads),
                 SPLITS=shares,
-                BLOCK_M=tile.rows,
-                BLOCK_K=tile.columns,
-                BLOCK_T=tile.depth,
                 EVEN_M=all(inductor.is_divisible(m, tile.rows) for m in widths),
-                SORTED=is_sorted,
-                WIDE=product == torch.float32,
-                GRAD_LEFT=product.itemsize == 2 and limits.reads_left_from_shared,
-                PRECISION=common.float32_precision(),
                 ONE=inductor.is_one([shares, *size[1:]]),
+                K_TILES=ranked(k, tile.columns) if is_sorted else 1,
+                **tile_constants(tile, product, is_sorted, limits, common.float32_precision()),
             ),
             ACC_TYPE="tl.float32",
         )

@@ -207,6 +207,49 @@ def pamm_contract_tile(
 
 
 @triton.jit
+def pamm_heaviest(OFFSETS, k, place, BLOCK_K: tl.constexpr, K_TILES: tl.constexpr):
+    """The tile of generators that has the `place`-th most tokens; of equal ones the first."""
+    tile = tl.arange(0, K_TILES)
+    first = tl.minimum(tile * BLOCK_K, k)
+    tokens = tl.load(OFFSETS + tl.minimum(first + BLOCK_K, k)) - tl.load(OFFSETS + first)
+    heavier = tokens[None, :] > tokens[:, None]
+    earlier = (tokens[None, :] == tokens[:, None]) & (tile[None, :] < tile[:, None])
+    rank = tl.sum((heavier | earlier).to(tl.int32), axis=1)
+    return tl.sum(tl.where(rank == place, tile, 0), axis=0)
+
+
+@triton.jit
+def pamm_program(
+    k,
+    m_tiles,
+    OFFSETS,
+    SPLITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SORTED: tl.constexpr,
+    K_TILES: tl.constexpr,
+):
+    """The tile of generators, the tile of columns and the split that a program works on.
+
+    Sorted, the tiles of most tokens come first, so that none of them is left for the end. K_TILES
+    is 1 where there are too many to rank.
+    """
+    program = tl.program_id(0)
+    if SORTED:
+        m_tile = program % m_tiles
+        split = program // m_tiles % SPLITS
+        k_tile = program // (m_tiles * SPLITS)
+        if K_TILES > 1:
+            k_tile = pamm_heaviest(OFFSETS, k, k_tile, BLOCK_K, K_TILES)
+    else:
+        # Programs that read the same gradient run side by side.
+        k_tiles = tl.cdiv(k, BLOCK_K)
+        k_tile = program % k_tiles
+        m_tile = program // k_tiles % m_tiles
+        split = program // (k_tiles * m_tiles)
+    return k_tile, m_tile, split
+
+
+@triton.jit
 def pamm_span(
     b,
     k,

@@ -1,9 +1,15 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator, unused-ignore"
 """Plain kernels around the tile code: to interpret and to compile it without Inductor."""
 
 import triton
 import triton.language as tl
 
-from pamm_compile.methods.pamm.triton.tiles import pamm_assign_tile, pamm_contract_tile, pamm_span
+from pamm_compile.methods.pamm.triton.tiles import (
+    pamm_assign_tile,
+    pamm_contract_tile,
+    pamm_program,
+    pamm_span,
+)
 
 
 @triton.jit
@@ -76,11 +82,12 @@ def contract_kernel(
     WIDE: tl.constexpr,
     GRAD_LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
+    K_TILES: tl.constexpr,
 ):
-    split = tl.program_id(1)
-    k_tiles = tl.cdiv(k, BLOCK_K)
-    k_tile = tl.program_id(0) % k_tiles
-    column = tl.program_id(0) // k_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_tile, m_tile, split = pamm_program(
+        k, tl.cdiv(m, BLOCK_M), OFFSETS, SPLITS, BLOCK_K, SORTED, K_TILES
+    )
+    column = m_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     generator = k_tile * BLOCK_K + tl.arange(0, BLOCK_K)
     start, stop = pamm_span(b, k, k_tile, split, OFFSETS, SPLITS, BLOCK_K, BLOCK_T, SORTED)
     acc = pamm_contract_tile(
@@ -106,18 +113,3 @@ def contract_kernel(
     )
     at = OUT + (split * m + column[:, None]) * k + generator[None, :]
     tl.store(at, acc, mask=(column[:, None] < m) & (generator[None, :] < k))
-
-
-@triton.jit
-def two_readers_kernel(X, C, OUT, n: tl.constexpr, BLOCK: tl.constexpr):
-    """A tile read by a matmul and by registers: what the hazard check must find."""
-    row, feature = tl.arange(0, 128), tl.arange(0, BLOCK)
-    dots = tl.zeros([128, 64], tl.float32)
-    squares = tl.zeros([128], tl.float32)
-    for first in range(0, n, BLOCK):
-        x = tl.load(X + row[:, None] * n + (first + feature)[None, :])
-        c = tl.load(C + tl.arange(0, 64)[None, :] * n + (first + feature)[:, None])
-        dots = tl.dot(x, c, dots)
-        wide = x.to(tl.float32)
-        squares += tl.sum(wide * wide, axis=1)
-    tl.store(OUT + row[:, None] * 64 + tl.arange(0, 64)[None, :], dots + squares[:, None])
