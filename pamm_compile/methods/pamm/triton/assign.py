@@ -22,9 +22,7 @@ _MOST_GENERATORS = 256
 _FULL = 0.9
 
 
-def tiles(
-    k: int, n: int, dtype: torch.dtype, device: Device, tokens: int = 16384
-) -> list[Tile]:
+def tiles(k: int, n: int, dtype: torch.dtype, device: Device, tokens: int = 16384) -> list[Tile]:
     """Return the tile sizes to assign with, the one to take untimed first.
 
     Args:

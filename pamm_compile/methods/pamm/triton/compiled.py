@@ -329,13 +329,17 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="write figures.json, of every choice")
     options = parser.parse_args()
     rows = []
-    print("| kernel | target | k | tile | registers | spilled | shared KiB | slots | instructions |")
+    print(
+        "| kernel | target | k | tile | registers | spilled | shared KiB | slots | instructions |"
+    )
     print("|---|---|--:|---|--:|--:|--:|---|--:|")
     for target in options.target:
         for kernel, k, tile in chosen(target, not (options.all or options.write)):
             row = _row(kernel, k, tile, target)
             rows.append(row)
-            cut = f"{tile.rows}×{tile.columns}×{tile.depth}, {tile.warps} warps, {tile.stages} stages"
+            cut = (
+                f"{tile.rows}×{tile.columns}×{tile.depth}, {tile.warps} warps, {tile.stages} stages"
+            )
             print(
                 f"| {kernel} | {target} | {k} | {cut} | {row['registers']} | {row['spilled']} "
                 f"| {row['shared'] / 1024:.0f} | {' '.join(map(str, row['slots']))} "

@@ -180,7 +180,7 @@ def test_launches_of_one_site() -> None:
         "triton_red_fused.run",
         "triton_tem_fused.run",
         "triton_tem_fused.run",
-        "triton_per_fused.run",
+        "triton_poi_fused.run",
         "extern_kernels.mm",
     ]
 

@@ -76,7 +76,9 @@ def test_hopper_contraction_issues_little(k: int, before: int) -> None:
 
 def test_sorted_contraction_has_three_slots() -> None:
     rows = [row for row in FIGURES if row["kernel"] == "sorted" and row["target"] == "sm_90"]
-    assert rows[0]["tile"] == list(contract.tiles(512, torch.bfloat16, TARGETS["sm_90"][1], True)[0])
+    assert rows[0]["tile"] == list(
+        contract.tiles(512, torch.bfloat16, TARGETS["sm_90"][1], True)[0]
+    )
     assert min(rows[0]["slots"]) >= 3
 
 
@@ -84,9 +86,7 @@ def test_sorted_contraction_has_three_slots() -> None:
 def test_no_choice_spills(target: str) -> None:
     """Read off the table that the tool wrote, which covers every choice that is timed."""
     device = TARGETS[target][1]
-    table = {
-        (row["kernel"], tuple(row["tile"])): row for row in FIGURES if row["target"] == target
-    }
+    table = {(row["kernel"], tuple(row["tile"])): row for row in FIGURES if row["target"] == target}
     for kernel, _, tile in compiled.chosen(target, first=False):
         row = table[kernel, tuple(tile)]
         assert row["spilled"] == 0
