@@ -94,8 +94,8 @@ def main_loop(text: str) -> Loop | None:
     for line in text.splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(code)
-        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(\S.*?);?\s*$", line):
-            code.append(instruction[1])
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(\S.*?);?\s*$", line):
+            code.append(found[1])
     bodies = []
     for at, instruction in enumerate(code):
         jump = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction)
