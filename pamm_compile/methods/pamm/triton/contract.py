@@ -137,8 +137,8 @@ def tile_constants(
         "SORTED": is_sorted,
         "WIDE": product == torch.float32,
         # Fewer generators than a Hopper matmul has rows are better its columns: the gradient is
-        # then the left operand. From 64 on, the one-hot tile is made in the registers that the matmul
-        # takes it from, at half the instructions or less.
+        # then the left operand. From 64 on, the one-hot tile is made in the registers that the
+        # matmul takes it from, at half the instructions or less.
         "GRAD_LEFT": (
             product.itemsize == 2 and device.reads_left_from_shared and tile.columns < 64
         ),
