@@ -16,7 +16,7 @@ from pamm_compile.environment import options_from_environment
 from pamm_compile.errors import NothingMatchedError
 from pamm_compile.graph.pipeline import GraphPass
 from pamm_compile.methods.base import Method
-from pamm_compile.methods.pamm.compression import Sampling
+from pamm_compile.methods.sampling import Sampling
 from pamm_compile.names import parameter_names
 from pamm_compile.options import ONE_RULE, Base, Goal, Options, Targets
 from pamm_compile.private import inductor

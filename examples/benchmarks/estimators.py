@@ -34,14 +34,8 @@ from pamm_compile import Pamm
 from pamm_compile.methods import METHODS
 from pamm_compile.methods.base import Cost, Method, Size, exact_cost
 from pamm_compile.methods.pamm import assign, index_dtype
-from pamm_compile.methods.pamm.compression import (
-    Compressed,
-    Sampling,
-    content_seed,
-    sample_rows,
-    site_seed,
-    weight_gradients,
-)
+from pamm_compile.methods.pamm.compression import Compressed, weight_gradients
+from pamm_compile.methods.sampling import Sampling, content_seed, sample_rows, site_seed
 
 _CLIP = 3.0
 _MASK = 0x7FFFFFFF

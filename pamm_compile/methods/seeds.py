@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pamm_compile.methods.pamm.compression import site_seed
+from pamm_compile.methods.sampling import site_seed
 from pamm_compile.private import inductor
 
 _LIBRARY = torch.library.Library("pamm", "FRAGMENT")

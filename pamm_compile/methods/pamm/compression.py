@@ -9,21 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pamm_compile.methods.pamm import operators
+from pamm_compile.methods.sampling import Sampling, sample_rows
 
-Sampling = Literal["stratified", "uniform"]
-
-_MASK = 0x7FFFFFFF
-_STRIDE = 0x1E3779B9
-_FRACTION_BITS = 24
-_PROBED_ROWS = 64
-_PROBED_COLUMNS = 4
-_BITS = {2: torch.int16, 4: torch.int32}
+# k is computed in int64 by generated code. With these bounds no step of it passes 2⁶² for any
+# number of rows below 2⁴⁰, more than fit into any memory.
+_MOST_DENOMINATOR = 10**6
+_MOST = 2**40
 
 
 class Compressed(NamedTuple):
@@ -37,16 +34,30 @@ class Compressed(NamedTuple):
     """α with the gate ε and the correction β folded in, [b], dtype of X."""
 
 
+def _bounded(above: int, below: int) -> tuple[int, int]:
+    """Return a fraction ≥ 1 in small numbers: itself, or a convergent of its continued fraction."""
+    # In integers, which Dynamo follows where it would not follow Fraction's own limit_denominator.
+    if above >= _MOST * below:
+        return _MOST, 1
+    earlier, last = (0, 1), (1, 0)
+    while below and earlier[1] + above // below * last[1] <= _MOST_DENOMINATOR:
+        whole, left = divmod(above, below)
+        earlier, last = last, (earlier[0] + whole * last[0], earlier[1] + whole * last[1])
+        above, below = below, left
+    return last
+
+
 def num_generators(
     tokens: int | torch.SymInt, ratio: Fraction, min_generators: int
 ) -> int | torch.SymInt:
     """Return how many generators represent `tokens` rows.
 
     Equivalent to: `min(tokens, max(min_generators, ceil(tokens / ratio)))`, also for a symbolic
-    number of tokens.
+    number of tokens. A ratio of a denominator above 10⁶ is taken to the last convergent of its
+    continued fraction below that: 3.3333333333333335 means 10/3.
 
     Args:
-        tokens: b.
+        tokens: b, below 2⁴⁰.
         ratio: b / k, at least 1.
         min_generators: lower bound, at least 1.
 
@@ -55,100 +66,11 @@ def num_generators(
 
     Source: arXiv 2506.02939 §3.
     """
-    k = (tokens * ratio.denominator + ratio.numerator - 1) // ratio.numerator
+    above, below = _bounded(ratio.numerator, ratio.denominator)
+    k = (tokens * below + above - 1) // above
     if min_generators > 1:
-        k = torch.sym_min(tokens, torch.sym_max(k, min_generators))
+        k = torch.sym_min(tokens, torch.sym_max(k, min(min_generators, _MOST)))
     return k
-
-
-def _mix(h: Tensor) -> Tensor:
-    # A 31-bit finaliser: products stay below 2⁶³, so int64 never overflows on any device.
-    h = h ^ (h >> 16)
-    h = (h * 0x045D9F3B) & _MASK
-    h = h ^ (h >> 15)
-    h = (h * 0x2C1B3C6D) & _MASK
-    return h ^ (h >> 16)
-
-
-def content_seed(x: Tensor, salt: int) -> Tensor:
-    """Return a seed made of the bits of a few entries of `x`.
-
-    Sampling is seeded by what it samples rather than by torch's generator: turning PAMM on then
-    leaves the model's own random numbers (dropout masks) as they were, a recomputed or replicated
-    X draws the same rows, and a resumed run needs no further state. Activations change from step
-    to step, and with them the draw.
-
-    Equivalent to: a 31-bit hash of `salt` and of 64 × 4 entries, `x[rows[:, None], columns]` with
-    `rows = arange(64) * b // 64` and `columns = arange(4) * n // 4` (repeated where x is smaller).
-    A change anywhere else leaves the draw as it was.
-
-    Args:
-        x: [b, n], floating point.
-        salt: any non-negative integer below 2³¹; another salt, another draw.
-
-    Returns:
-        0-dimensional int64 tensor in [0, 2³¹).
-    """
-    probe = torch.arange(_PROBED_ROWS, device=x.device)[:, None]
-    column = torch.arange(_PROBED_COLUMNS, device=x.device)
-    entries = x[probe * x.shape[0] // _PROBED_ROWS, column * x.shape[1] // _PROBED_COLUMNS]
-    # The low bits of a float64 would do for a hash, but are all zero where values are round.
-    entries = entries.float() if x.dtype == torch.float64 else entries
-    # 32 bits, not 31: the sign counts, and the first step of _mix folds it down.
-    bits = entries.view(_BITS[entries.element_size()]).long() & 0xFFFFFFFF
-    place = probe * _PROBED_COLUMNS + column
-    return _mix((_mix(bits ^ _mix(place + 1)).sum() + _mix(place.new_full((), salt))) & _MASK)
-
-
-def site_seed(seed: Tensor, number: int) -> Tensor:
-    """Return a seed of its own for one of several sites that share a content seed.
-
-    Equivalent to: a 31-bit hash of `seed` and `number`.
-
-    Args:
-        seed: 0-dimensional int64 tensor in [0, 2³¹).
-        number: which site.
-
-    Returns:
-        0-dimensional int64 tensor in [0, 2³¹).
-    """
-    return _mix((seed + _STRIDE * (number + 1)) & _MASK)
-
-
-def sample_rows(
-    tokens: int | torch.SymInt, k: int | torch.SymInt, seed: Tensor, sampling: Sampling
-) -> Tensor:
-    """Draw the rows that become generators.
-
-    Equivalent to, with u uniform in [0, 1):
-
-        stratified: floor((arange(k) + u) * tokens / k)
-        uniform:    randperm(tokens)[:k]
-
-    Args:
-        tokens: b.
-        k: number of generators, in [1, b].
-        seed: 0-dimensional int64 tensor in [0, 2³¹).
-        sampling: "stratified" (one draw in each of k equal intervals) or "uniform" (the paper's).
-
-    Returns:
-        [k] int64, in [0, b); ascending and, where k divides b, distinct if stratified; distinct if
-        uniform.
-
-    Source: arXiv 2506.02939 Algorithm 1 for "uniform"; "stratified" is ours.
-    """
-    # torch's stubs know no SymInt here.
-    tokens, k = cast(int, tokens), cast(int, k)
-    if sampling == "uniform":
-        keys = _mix((seed + _STRIDE * (torch.arange(tokens, device=seed.device) + 1)) & _MASK)
-        return torch.topk(keys, k, sorted=False).indices
-    j = torch.arange(k, device=seed.device)
-    u = _mix((seed + _STRIDE * (j + 1)) & _MASK) >> (31 - _FRACTION_BITS)
-    # floor((j + u)·b/k) in integers, split so that no product passes 2⁶³; j·b is not formed at all,
-    # because Inductor computes functions of an index in 32 bits on a GPU.
-    share, left = tokens // k, tokens % k
-    whole, rest = j * share + j * left // k, j * left % k
-    return whole + ((rest << _FRACTION_BITS) + u * tokens) // (k << _FRACTION_BITS)
 
 
 def compress(

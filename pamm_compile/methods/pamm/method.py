@@ -14,12 +14,12 @@ from pamm_compile import checks
 from pamm_compile.methods.base import Cost, Size
 from pamm_compile.methods.pamm.compression import (
     Compressed,
-    Sampling,
     compress,
     num_generators,
     weight_gradients,
 )
 from pamm_compile.methods.pamm.operators import index_dtype
+from pamm_compile.methods.sampling import Sampling
 
 
 @dataclass(frozen=True)

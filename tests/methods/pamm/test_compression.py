@@ -14,11 +14,10 @@ from pamm_compile.methods.pamm import assign, contract
 from pamm_compile.methods.pamm.compression import (
     Compressed,
     compress,
-    content_seed,
     num_generators,
-    sample_rows,
     weight_gradients,
 )
+from pamm_compile.methods.sampling import content_seed, sample_rows
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NON_FINITE = (math.nan, math.inf, -math.inf)

@@ -26,12 +26,8 @@ from torch.distributed.tensor.parallel import (
 )
 
 import pamm_compile
-from pamm_compile.methods.pamm.compression import (
-    compress,
-    content_seed,
-    site_seed,
-    weight_gradients,
-)
+from pamm_compile.methods.pamm.compression import compress, weight_gradients
+from pamm_compile.methods.sampling import content_seed, site_seed
 
 VOCABULARY, WIDTH, HEADS, KEY_HEADS, HIDDEN, LAYERS = 64, 32, 4, 2, 64, 2
 BATCH, LENGTH = 4, 32

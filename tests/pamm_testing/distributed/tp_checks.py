@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.experimental import implicit_replication
 
-from pamm_compile.methods.pamm.compression import content_seed
+from pamm_compile.methods.sampling import content_seed
 from pamm_testing.distributed.fsdp_checks import MIXED, SITE, shard
 from pamm_testing.distributed.tiny import (
     BATCH,

@@ -18,6 +18,7 @@ from torch._inductor import select_algorithm
 import pamm_compile
 from pamm_compile.methods.pamm import assign, compression, contract, eager, index_dtype
 from pamm_compile.methods.pamm import triton as lowering
+from pamm_compile.methods.sampling import sample_rows
 
 Interpret = Callable[..., Any]
 
@@ -291,13 +292,14 @@ def test_cpu_runs_the_eager_kernels() -> None:
     torch.testing.assert_close(torch.compile(run)(*inputs), run(*inputs))
 
 
-def test_sampling_does_not_overflow_32_bits(interpret: Interpret) -> None:
-    # Inductor computes functions of an index in int32; tokens × k is past its range here.
-    tokens, k = (1 << 20) + 3, 4099
+@pytest.mark.parametrize(("tokens", "k"), [((1 << 20) + 3, 4099), (2 * 46400 - 1, 46400)])
+def test_sampling_does_not_overflow_32_bits(interpret: Interpret, tokens: int, k: int) -> None:
+    # Inductor computes functions of an index in int32; tokens × k, and in the second case
+    # k × (tokens mod k), are past its range.
     seed = torch.tensor(5)
 
     def rows(seed: Tensor) -> Tensor:
-        return compression.sample_rows(tokens, k, seed, "stratified")
+        return sample_rows(tokens, k, seed, "stratified")
 
     code = generate(rows, on_fake_gpu([seed])).wrappers["graph"]
     (got,) = interpret(interpreter.run_wrapper, code, [seed])

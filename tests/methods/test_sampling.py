@@ -1,6 +1,8 @@
 """Seeds, row sampling and the number of generators."""
 
 import math
+import random
+import sys
 from collections import Counter
 from fractions import Fraction
 from itertools import pairwise
@@ -12,12 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pamm_compile.methods.pamm.compression import (
-    content_seed,
-    num_generators,
-    sample_rows,
-    site_seed,
-)
+from pamm_compile.methods.pamm.compression import num_generators
+from pamm_compile.methods.sampling import content_seed, sample_rows, site_seed
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SAMPLINGS = ("stratified", "uniform")
@@ -52,6 +50,69 @@ def test_num_generators_is_ceil_of_a_rational(tokens: int, ratio: Fraction, leas
 )
 def test_num_generators_by_hand(tokens: int, ratio: Fraction, least: int, k: int) -> None:
     assert num_generators(tokens, ratio, least) == k
+
+
+def _ratios(count: int) -> list[float]:
+    """As users write them and as Python divides, up to the largest number there is."""
+    drawn = random.Random(0)
+    kinds = (
+        lambda: drawn.randint(1, 4096) / drawn.randint(1, 4096) + 1,
+        lambda: drawn.uniform(1, 8),
+        lambda: 10 ** drawn.uniform(0, 12),
+        lambda: 10 ** drawn.uniform(0, 308),
+        lambda: float(drawn.randint(1, 10**6)),
+        lambda: round(drawn.uniform(1, 1000), drawn.randint(1, 9)),
+    )
+    known = [10 / 3, 8192 / 2458, 4096 / 480, 4096 / 96, sys.float_info.max, 1 + 2**-52, math.pi]
+    return known + [kinds[i % len(kinds)]() for i in range(count - len(known))]
+
+
+def test_every_ratio_gives_a_number_of_generators_in_range() -> None:
+    for ratio in _ratios(2000):
+        for tokens in (1, 2, 4672, 2**20 + 3, 2**31 - 1, 2**31):
+            k = num_generators(tokens, Fraction(repr(ratio)), 1)
+            assert 1 <= k <= tokens
+            # Long decimals are rounded to short fractions, which moves k by what rounding moves.
+            assert abs(k - tokens / ratio) <= 1 + tokens / ratio * 1e-6
+
+
+@pytest.mark.parametrize("denominator", [1, 3, 480, 2458, 10**6])
+def test_the_quotient_of_two_integers_is_taken_for_their_fraction(denominator: int) -> None:
+    tokens = 2**31 - 1
+    for numerator in (denominator, denominator + 1, 10 * denominator + 7, 8192 * denominator // 3):
+        exact = Fraction(max(numerator, denominator), denominator)
+        written = Fraction(repr(exact.numerator / exact.denominator))
+        assert num_generators(tokens, written, 1) == math.ceil(tokens / exact)
+
+
+@pytest.mark.slow
+def test_compiled_numbers_of_generators_are_the_eager_ones_for_any_ratio() -> None:
+    """In Inductor's int64, for symbolic sizes; with a stride of 0, 2³¹ rows cost nothing."""
+    ratios = [Fraction(repr(ratio)) for ratio in _ratios(200)]
+
+    def count(x: Tensor, seed: Tensor) -> Tensor:
+        found = [num_generators(x.shape[0], ratio, 1) for ratio in ratios]
+        found += [num_generators(x.shape[0], ratio, 10**30) for ratio in ratios[:2]]
+        return torch.stack([seed.new_full((), k) for k in found])
+
+    compiled = torch.compile(count, fullgraph=True, dynamic=True)
+    seed, row = torch.tensor(1), torch.zeros(1)
+    for tokens in (4673, 2, 65537, 2**20 + 3, 2**31 - 1, 2**31):
+        x = row.expand(tokens)
+        assert torch.equal(compiled(x, seed), count(x, seed))
+
+
+@pytest.mark.parametrize("ratio", [10 / 3, 4096 / 96, sys.float_info.max])
+def test_compiled_rows_of_a_long_decimal_are_the_eager_ones(ratio: float) -> None:
+    def draw(x: Tensor, seed: Tensor) -> Tensor:
+        k = num_generators(x.shape[0], Fraction(repr(ratio)), 1)
+        return sample_rows(x.shape[0], k, seed, "stratified")
+
+    compiled = torch.compile(draw, fullgraph=True, dynamic=True)
+    seed, row = torch.tensor(2**31 - 1), torch.zeros(1)
+    for tokens in (4673, 9216, 73_785, 1_000_003, 184_001):
+        x = row.expand(tokens)
+        assert torch.equal(compiled(x, seed), draw(x, seed))
 
 
 @pytest.mark.parametrize("least", [1, 16])
