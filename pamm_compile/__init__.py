@@ -6,6 +6,7 @@ from pamm_compile.errors import (
     MeasurementError,
     NothingMatchedError,
     PammError,
+    UnknownReportError,
     UnsupportedTorchError,
     UnsupportedTrainerError,
 )
@@ -17,7 +18,7 @@ from pamm_compile.inspect.predict import Prediction, predict_saved
 from pamm_compile.methods import register_method
 from pamm_compile.methods.base import Cost, Method, Size
 from pamm_compile.methods.pamm.method import Pamm
-from pamm_compile.report import GraphReport, Note, Report, SiteReport
+from pamm_compile.report import GraphReport, Note, Report, SiteReport, State
 from pamm_compile.sites.reasons import Reason
 from pamm_compile.torch_backend import Backend, backend
 
@@ -41,6 +42,8 @@ __all__ = [
     "SavedStorage",
     "SiteReport",
     "Size",
+    "State",
+    "UnknownReportError",
     "UnsupportedTorchError",
     "UnsupportedTrainerError",
     "__version__",

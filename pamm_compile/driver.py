@@ -7,6 +7,7 @@ LOOK       nothing is rewritten; the exact graphs run operator by operator
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,14 @@ from torch.fx import GraphModule
 
 from pamm_compile import methods
 from pamm_compile.checks import unknown_option
+from pamm_compile.graph.dynamo import differentiates, has_nested_graphs
 from pamm_compile.graph.pipeline import GraphPass, PassChain, Pipeline
-from pamm_compile.names import parameter_names
+from pamm_compile.names import names_of
 from pamm_compile.options import Options
 from pamm_compile.private import aot, inductor
-from pamm_compile.report import GraphReport
+from pamm_compile.report import GraphReport, Note, State
 from pamm_compile.sites.compress import CompressInputs
+from pamm_compile.sites.reasons import Reason
 
 Compiled = Callable[..., Any]
 
@@ -43,6 +46,8 @@ def make_pipeline(
     names: dict[str, str],
     further: Sequence[GraphPass] = (),
     *,
+    gm: GraphModule | None = None,
+    shared: str = "",
     apply: bool = True,
 ) -> Pipeline:
     """Return our passes over the joint graph of one Dynamo graph.
@@ -51,13 +56,20 @@ def make_pipeline(
         options: what the user chose.
         names: name of every parameter, by its input key.
         further: passes of the user's, behind ours.
+        gm: the graph, to say more of it if it has no backward pass.
+        shared: class of the modules that share the graph, see `names.Names`.
         apply: False only reports.
 
     Returns:
         A pass of Inductor's.
     """
-    passes = [CompressInputs(options), *further]
-    return Pipeline(passes, names, names_matter=options.selects_by_name, apply=apply)
+    by_name = options.selects_by_name
+    passes = [CompressInputs(options, shared if by_name else ""), *further]
+    alone = None
+    if gm is not None and differentiates(gm):
+        note = Note(Reason.OWN_GRADIENTS.name, "gradients")
+        alone = GraphReport(notes=(note,), state=State.OWN_GRADIENTS)
+    return Pipeline(passes, names, names_matter=by_name, left_alone=alone, apply=apply)
 
 
 def compile_graph(
@@ -103,7 +115,11 @@ def _inductor(
         chain = PassChain([*earlier, pipeline]) if earlier else pipeline
         settings = {**settings, "joint_custom_pre_pass": chain}
     inner = {} if codegen else {"inner_compile": inductor.run_eagerly}
-    compiled: Compiled = inductor.compile_fx(gm, inputs, config_patches=settings, **inner)
+    # Inductor takes the buffers that a backward pass may overwrite for those of regions inside it
+    # too, by position: with our tensors saved in front of others, gradients come out wrong.
+    nested = pipeline is not None and has_nested_graphs(gm)
+    with aot.without_donated_buffers() if nested else contextlib.nullcontext():
+        compiled: Compiled = inductor.compile_fx(gm, inputs, config_patches=settings, **inner)
     return compiled
 
 
@@ -129,7 +145,7 @@ def _operator_by_operator(
 
 def found(pipeline: Pipeline) -> GraphReport:
     """Return what a pipeline that has run found; one that did not run had no backward pass."""
-    return pipeline.report or GraphReport(training=False)
+    return pipeline.report or pipeline.left_alone
 
 
 def visit(
@@ -154,7 +170,7 @@ def visit(
     known = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Compiled:
-        return compile_one(gm, inputs, parameter_names(gm, known))
+        return compile_one(gm, inputs, names_of(gm, known).by_key)
 
     torch.compiler.reset()
     try:

@@ -15,6 +15,10 @@ class NothingMatchedError(PammError, RuntimeError):
     """`strict=True`, and a training graph was compiled without a single compressed site."""
 
 
+class UnknownReportError(PammError, RuntimeError):
+    """`strict=True`, and a cache returned a graph of which nothing is known."""
+
+
 class UnsupportedTorchError(PammError, ImportError):
     """The installed torch lacks an internal that pamm_compile relies on, or is too old."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,19 @@ from typing import Any
 _KEPT_GRAPHS = 1024
 
 
+class State(enum.StrEnum):
+    """What is known of a compiled graph."""
+
+    TRAINING = "training"
+    """It has a backward pass, and what was found in it is in the report."""
+    INFERENCE = "inference"
+    """It has no backward pass, and is left alone."""
+    OWN_GRADIENTS = "own gradients"
+    """It computes gradients itself, as torch.func.grad does, and is left alone."""
+    UNKNOWN = "unknown"
+    """A cache returned it; what was found in it when it was compiled was not kept."""
+
+
 @dataclass(frozen=True)
 class SiteReport:
     """One projection input: compressed, or the reason why not."""
@@ -19,7 +33,8 @@ class SiteReport:
     parameters: tuple[str, ...]
     """Names of the weights whose gradients are made from this input."""
     shape: tuple[int, ...]
-    """Of the input X as the projections read it, (tokens, features)."""
+    """Of the input X as the projections read it, (tokens, features); 0 tokens where their number is
+    unknown before the graph runs."""
     dtype: str
     method: str
     """How it is stored, such as "k = 64"; empty if declined."""
@@ -52,8 +67,12 @@ class GraphReport:
 
     sites: tuple[SiteReport, ...] = ()
     notes: tuple[Note, ...] = ()
-    training: bool = True
-    """False for a graph without a backward pass, which is left alone."""
+    state: State = State.TRAINING
+
+    @property
+    def training(self) -> bool:
+        """Whether it has a backward pass, as far as is known."""
+        return self.state is State.TRAINING
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> GraphReport:
@@ -62,7 +81,7 @@ class GraphReport:
             SiteReport(**{**s, "parameters": tuple(s["parameters"]), "shape": tuple(s["shape"])})
             for s in data["sites"]
         )
-        return cls(tuple(sites), tuple(Note(**n) for n in data["notes"]), data["training"])
+        return cls(tuple(sites), tuple(Note(**n) for n in data["notes"]), State(data["state"]))
 
     @classmethod
     def merged(cls, reports: Iterable[GraphReport]) -> GraphReport:
@@ -79,8 +98,8 @@ class GraphReport:
 
     def summary(self) -> str:
         """Return one line: how many sites, bytes before and after, what was declined."""
-        if not self.training:
-            return "no backward pass: graph left as it is"
+        if self.state is not State.TRAINING:
+            return _LEFT_ALONE[self.state]
         done = [s for s in self.sites if s.compressed]
         before, after = sum(s.bytes_before for s in done), sum(s.bytes_after for s in done)
         line = f"{len(done)} of {len(self.sites)} sites, {_size(before)} → {_size(after)}"
@@ -89,6 +108,13 @@ class GraphReport:
             counts = (f"{r} ×{reasons.count(r)}" for r in dict.fromkeys(reasons))
             line += f"; {len(reasons)} declined: {', '.join(counts)}"
         return line
+
+
+_LEFT_ALONE = {
+    State.INFERENCE: "no backward pass: graph left as it is",
+    State.OWN_GRADIENTS: "the graph computes gradients itself: left as it is",
+    State.UNKNOWN: "unknown: a cache returned the graph, but not what was found in it",
+}
 
 
 class Report:
@@ -168,6 +194,9 @@ class Report:
             detail = f" ({note.detail})" if note.detail else ""
             lines.append(f"{note.what}: {note.reason}{detail}")
         training = [graph for graph in self._graphs if graph.training]
+        unknown = sum(graph.state is State.UNKNOWN for graph in self._graphs)
+        if unknown:
+            lines.append(f"{unknown} graph(s) {_LEFT_ALONE[State.UNKNOWN]}")
         lines.append(
             f"{len(self.compressed)} of {len(self.sites)} sites compressed in {len(training)} "
             f"training graph(s): {_size(self.bytes_before)} → {_size(self.bytes_after)}"
@@ -178,7 +207,7 @@ class Report:
 
 
 def _row(site: SiteReport) -> tuple[str, ...]:
-    shape = " × ".join(map(str, site.shape))
+    shape = " × ".join(str(size) if size else "?" for size in site.shape)
     head = (_brief(site.parameters), shape, site.dtype)
     detail = f" ({site.detail})" if site.detail else ""
     if site.compressed:

@@ -11,17 +11,17 @@ from typing import Any, Never
 from torch.fx import GraphModule
 
 from pamm_compile.checks import unknown_option
-from pamm_compile.driver import PREFIX, compile_graph, inductor_settings, make_pipeline
+from pamm_compile.driver import PREFIX, compile_graph, found, inductor_settings, make_pipeline
 from pamm_compile.environment import options_from_environment
-from pamm_compile.errors import NothingMatchedError
+from pamm_compile.errors import NothingMatchedError, UnknownReportError
 from pamm_compile.graph.pipeline import GraphPass
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import Sampling
-from pamm_compile.names import parameter_names
+from pamm_compile.names import names_of
 from pamm_compile.options import ONE_RULE, Base, Goal, Options, Targets
 from pamm_compile.private import inductor
 from pamm_compile.recorded import RecordedReport
-from pamm_compile.report import GraphReport, Report
+from pamm_compile.report import GraphReport, Report, State
 
 log = logging.getLogger("pamm_compile")
 
@@ -63,12 +63,17 @@ class Backend:
         """Compile one graph; torch.compile passes its own `mode` and `options` on."""
         mode, settings = mode or self._mode, {**dict(self._settings), **(options or {})}
         chosen = inductor_settings(mode, settings)
-        pipeline = make_pipeline(self.options, parameter_names(gm), self.passes)
-        recorded = RecordedReport(gm, pipeline, example_inputs)
+        names = names_of(gm)
+        pipeline = make_pipeline(
+            self.options, names.by_key, self.passes, gm=gm, shared=names.shared
+        )
+        # Without Inductor no cache answers in the passes' place.
+        cached = self.options.base == "inductor"
+        recorded = RecordedReport(gm, pipeline, example_inputs) if cached else None
         compiled = compile_graph(
             gm, example_inputs, pipeline, base=self.options.base, settings=chosen
         )
-        report = recorded.settle(pipeline.report)
+        report = recorded.settle(pipeline.report) if recorded else found(pipeline)
         self.report.add(report)
         log.info("%s", report.summary())
         if report.sites or report.notes:
@@ -238,8 +243,16 @@ def check_strict(report: GraphReport) -> None:
 
     Raises:
         NothingMatchedError: listing why every candidate was declined.
+        UnknownReportError: a cache returned the graph, and what is in it is not known.
     """
-    if not report.training or any(site.compressed for site in report.sites):
+    if report.state is State.UNKNOWN:
+        raise UnknownReportError(
+            "strict=True, and a cache returned this graph without what was found in it when it was "
+            "compiled: whether anything is compressed is unknown.\n"
+            "Compile once with TORCHINDUCTOR_FORCE_DISABLE_CACHES=1 or in a new "
+            "TORCHINDUCTOR_CACHE_DIR, or pass strict=False."
+        )
+    if report.state is State.INFERENCE or any(site.compressed for site in report.sites):
         return
     reasons = [(", ".join(s.parameters), s.reason, s.detail) for s in report.sites]
     reasons += [(n.what, n.reason, n.detail) for n in report.notes]

@@ -17,7 +17,6 @@ from torch import nn
 
 import pamm_compile
 from pamm_compile.driver import make_pipeline
-from pamm_compile.names import _readable
 from pamm_compile.private import inductor
 
 
@@ -65,35 +64,6 @@ def test_two_backends_with_different_ratios_in_one_process() -> None:
         backend = _eager(ratio=ratio)
         torch.compile(model, backend=backend)(**batch)
         assert {s.generators for s in backend.report.compressed} == {BATCH * LENGTH // ratio}
-
-
-def test_parameter_names_of_a_model_and_of_a_training_function() -> None:
-    model, batch = _llama(), causal()
-    wanted = f"model.layers.{LAYERS - 1}.self_attn.q_proj.weight"
-
-    backend = _eager()
-    torch.compile(model, backend=backend)(**batch)
-    assert backend.report.sites[-1].parameters[0] == wanted
-    torch._dynamo.reset()
-
-    backend = _eager()
-    torch.compile(lambda: model(**batch).loss, backend=backend)()
-    assert backend.report.sites[-1].parameters[0].endswith(wanted)
-
-
-@pytest.mark.parametrize(
-    ("source", "name"),
-    [
-        ("L['self']._modules['h']._modules['0']._parameters['weight']", "h.0.weight"),
-        ("L['self'].model.layers[1].q_proj.weight", "model.layers.1.q_proj.weight"),
-        ("L['self']._orig_mod.q.weight", "q.weight"),
-        ("G['model'].q.weight", "model.q.weight"),
-        ("L['self'].__dict__['_modules']['base'].q.weight", "base.q.weight"),
-        ("L['args'][0]._modules['model']._parameters['q']", "model.q"),
-    ],
-)
-def test_dynamo_sources_read_as_names(source: str, name: str) -> None:
-    assert _readable(source) == name
 
 
 def test_by_name_with_prefixed_options() -> None:

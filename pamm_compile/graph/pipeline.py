@@ -21,7 +21,7 @@ from torch.fx import Graph
 
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.private import inductor
-from pamm_compile.report import GraphReport
+from pamm_compile.report import GraphReport, State
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +64,7 @@ class Pipeline(inductor.CustomGraphPass):  # type: ignore[misc]
         passes: in the order to run them.
         parameter_names: name of every parameter, by its input key.
         names_matter: whether what the passes do depends on these names.
+        left_alone: the report of the graph should it turn out to have no backward pass.
         apply: False only reports, and leaves the graph alone.
     """
 
@@ -73,6 +74,7 @@ class Pipeline(inductor.CustomGraphPass):  # type: ignore[misc]
         parameter_names: dict[str, str],
         *,
         names_matter: bool = False,
+        left_alone: GraphReport | None = None,
         apply: bool = True,
     ) -> None:
         disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
@@ -81,13 +83,15 @@ class Pipeline(inductor.CustomGraphPass):  # type: ignore[misc]
         self.apply = apply
         self.report: GraphReport | None = None
         """Of the graph this ran on; None until then, or if a cache answered in its place."""
+        self.left_alone = left_alone or GraphReport(state=State.INFERENCE)
+        """The report of a graph without a backward pass, on which this need not run."""
         self._names_matter = names_matter
 
     def __call__(self, graph: Graph) -> None:
         if not JointGraph.is_joint(graph):
             # A subgraph of a higher-order operator must not overwrite its parent's report.
             if self.report is None:
-                self.report = GraphReport(training=False)
+                self.report = self.left_alone
             return
         # A graph that comes by again, from a cache of torch's or a caller's, is left as it is.
         done = graph.output_node().meta.setdefault(_DONE, set())

@@ -36,7 +36,7 @@ def explain(
     report = Report()
 
     def look(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
-        pipeline = make_pipeline(chosen.options, names, chosen.passes, apply=False)
+        pipeline = make_pipeline(chosen.options, names, chosen.passes, gm=gm, apply=False)
         compiled = compile_graph(gm, inputs, pipeline, mode=Mode.LOOK)
         report.add(found(pipeline))
         return compiled

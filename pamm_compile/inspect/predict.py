@@ -65,7 +65,7 @@ def predict_saved(
     def partition(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
         if using is None:
             return compile_graph(gm, inputs, None, mode=Mode.PARTITION)
-        pipeline = make_pipeline(using.options, names, using.passes)
+        pipeline = make_pipeline(using.options, names, using.passes, gm=gm)
         compiled = compile_graph(gm, inputs, pipeline, mode=Mode.PARTITION)
         report.add(found(pipeline))
         return compiled

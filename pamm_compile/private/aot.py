@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,9 +23,15 @@ make_fx: Any = resolve("torch.fx.experimental.proxy_tensor:make_fx")
 HigherOrderOperator: Any = resolve("torch._ops:HigherOrderOperator")
 OpOverload: Any = resolve("torch._ops:OpOverload")
 functorch_config: Any = resolve("torch._functorch:config")
+resolve("torch._functorch.config:donated_buffer")
 
 MUST_SAVE = CheckpointPolicy.MUST_SAVE
 
+_InstructionTranslator: Any = resolve("torch._dynamo.symbolic_convert:InstructionTranslator")
+_OptimizedModule: Any = resolve("torch._dynamo.eval_frame:OptimizedModule")
+_Module: Any = resolve("torch.nn.modules.module:Module")
+_MODULE_CALLS = {_Module._wrapped_call_impl.__code__, _Module._call_impl.__code__}
+_statically_known_true: Any = resolve("torch.fx.experimental.symbolic_shapes:statically_known_true")
 _detect_fake_mode: Any = resolve("torch._guards:detect_fake_mode")
 _enable_python_dispatcher: Any = resolve("torch._dispatch.python:enable_python_dispatcher")
 
@@ -94,11 +101,89 @@ def dynamo_inputs(gm: torch.fx.GraphModule) -> list[tuple[object, str]]:
     return found
 
 
-def size_hint(size: int | torch.SymInt) -> int:
-    """Return a size, or for a symbolic one the value that was compiled with, adding no guard."""
+def symbolic_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Return the inputs of Dynamo's graph with the sizes that it was traced with, some symbols.
+
+    Args:
+        gm: as handed to a backend.
+        inputs: what it was called with, which stand in where Dynamo says nothing.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    if len(placeholders) != len(inputs):
+        return list(inputs)
+    return [
+        node.meta.get("example_value", value)
+        for node, value in zip(placeholders, inputs, strict=True)
+    ]
+
+
+def dynamo_frame() -> tuple[str, Mapping[str, object]] | None:
+    """Return the name and the variables of the function that Dynamo is compiling, if it is."""
+    try:
+        frame = _InstructionTranslator.current_tx().output.root_tx
+    except AttributeError:
+        # Somebody calls a backend without Dynamo.
+        return None
+    return frame.f_code.co_name, frame.f_locals
+
+
+def modules_being_called() -> list[torch.nn.Module]:
+    """Return the modules whose call Python is in the midst of, the last one called first."""
+    found: list[torch.nn.Module] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code in _MODULE_CALLS:
+            module = frame.f_locals["self"]
+            if not found or found[-1] is not module:
+                found.append(module)
+        frame = frame.f_back
+    return found
+
+
+def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Return the module that torch.compile was given, if calling `module` runs compiled code."""
+    if isinstance(module, _OptimizedModule):
+        original: torch.nn.Module = module._orig_mod
+        return original
+    return module if module._compiled_call_impl is not None else None
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """Return a size, or for a symbolic one the value that was compiled with, adding no guard.
+
+    None for a size that only the data decide.
+    """
     if isinstance(size, int):
         return size
-    return int(size.node.hint)
+    return int(size.node.hint) if size.node.has_hint() else None
+
+
+def guarded(condition: bool | torch.SymBool) -> bool | None:
+    """Return whether a condition on sizes holds, for this and every later call of the graph.
+
+    What depends on symbolic sizes becomes a guard: a call for which it comes out otherwise compiles
+    anew. Where only the data decide, there is nothing to guard on.
+
+    Args:
+        condition: a comparison of sizes.
+
+    Returns:
+        Whether it holds; None if neither this nor the opposite can be known.
+    """
+    if isinstance(condition, bool):
+        return condition
+    if condition.node.has_hint():
+        return bool(condition)
+    if _statically_known_true(condition):
+        return True
+    return False if _statically_known_true(torch.sym_not(condition)) else None
+
+
+def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Tell whether two tensors have one shape; not where only the data decide."""
+    return a.dim() == b.dim() and all(
+        guarded(m == n) is True for m, n in zip(a.shape, b.shape, strict=True)
+    )
 
 
 def is_recomputed(policy: object) -> bool:
@@ -122,6 +207,42 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> torch.fx.GraphM
         traced: torch.fx.GraphModule = tracer(*fakes)
     traced.graph.eliminate_dead_code()
     return traced
+
+
+def shape_guards(symbols: Sequence[torch.SymInt]) -> str | None:
+    """Return all that was guarded on about symbolic sizes so far, for `holds` to check later.
+
+    Args:
+        symbols: those that the graph takes as inputs.
+
+    Returns:
+        An expression of them; None if nothing was guarded on.
+    """
+    if not symbols:
+        return None
+    found: str | None = symbols[0].node.shape_env.produce_guards_expression(list(symbols))
+    return found
+
+
+def holds(guards: str | None, symbols: Sequence[torch.SymInt]) -> bool:
+    """Tell whether guards hold for the values that symbolic sizes have now, adding no guard."""
+    if guards is None:
+        return True
+    if not symbols:
+        return False
+    values = [symbol.node.hint for symbol in symbols]
+    return bool(symbols[0].node.shape_env.evaluate_guards_expression(guards, values))
+
+
+def backed_symbols(inputs: Sequence[Any]) -> list[torch.SymInt]:
+    """Return the inputs of a graph that are symbolic sizes whose value is known before it runs."""
+    return [s for s in inputs if isinstance(s, torch.SymInt) and s.node.has_hint()]
+
+
+def without_donated_buffers() -> AbstractContextManager[None]:
+    """Return a context in which no backward pass may overwrite what was saved for it."""
+    context: AbstractContextManager[None] = functorch_config.patch(donated_buffer=False)
+    return context
 
 
 def without_autograd_cache() -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from pamm_compile.private.symbols import resolve
 compile_fx: Any = resolve("torch._inductor.compile_fx:compile_fx")
 config: Any = resolve("torch._inductor:config")
 CustomGraphPass: type = resolve("torch._inductor.custom_graph_pass:CustomGraphPass")
+cache_artifacts: Any = resolve("torch.compiler._cache:CacheArtifactManager")
 cache_dir: Callable[[], str] = resolve("torch._inductor.runtime.runtime_utils:cache_dir")
 trace_structured: Any = resolve("torch._logging:trace_structured")
 
@@ -40,9 +41,24 @@ _is_triton: Any = resolve("torch._inductor.ir:is_triton")
 _lowerings: Any = resolve("torch._inductor.lowering:lowerings")
 _register_lowering: Any = resolve("torch._inductor.lowering:register_lowering")
 
+# The type of an artifact that is a file of JSON in Inductor's cache folder.
+_json_artifact: str = resolve("torch._inductor.runtime.autotune_cache:AutotuneCacheArtifact").type()
 # Settings that are read or set by name.
 resolve("torch._inductor.config:joint_custom_pre_pass")
 resolve("torch._inductor.config:get_config_copy")
+
+
+def carry_along(path: str, data: Any) -> None:
+    """Let a file travel with `torch.compiler.save_cache_artifacts`.
+
+    Where these are loaded it is written again. It travels as one of Inductor's own artifacts: with
+    a type of ours, the whole bundle would be refused wherever this package is not imported first.
+
+    Args:
+        path: in the cache folder.
+        data: what JSON can express.
+    """
+    cache_artifacts.record_artifact(_json_artifact, path, data)
 
 
 def run_eagerly(gm: torch.fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:

@@ -39,16 +39,19 @@ _DEVICES = {"cpu": Device(190e9, 4, 24e9, 20e-6), "cuda": Device(400e12, 2, 3.0e
 
 
 def size_of(site: Site) -> Size:
-    """Return the sizes of a site, of symbolic shapes those that were compiled with."""
+    """Return the sizes of a site, of symbolic shapes those that were compiled with.
+
+    0 where only the data decide.
+    """
     val = value(site.input)
     outputs = []
     for gradient in site.gradients:
         # [m, n], or [n, m] where transposed; batched matmuls have a batch of one before these.
         rows, columns = value(gradient.node).shape[-2:]
-        outputs.append(aot.size_hint(columns if gradient.transposed else rows))
+        outputs.append(aot.size_hint(columns if gradient.transposed else rows) or 0)
     return Size(
-        tokens=aot.size_hint(val.shape[-2]),
-        features=aot.size_hint(val.shape[-1]),
+        tokens=aot.size_hint(val.shape[-2]) or 0,
+        features=aot.size_hint(val.shape[-1]) or 0,
         outputs=tuple(outputs),
         dtype=val.dtype,
         device=val.device.type,

@@ -7,8 +7,8 @@ from what is stored takes less time than making them exactly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,11 +16,15 @@ from torch.fx import Node
 
 from pamm_compile.graph.joint import JointGraph, value
 from pamm_compile.graph.vocabulary import op_name
+from pamm_compile.methods.base import Method, Size
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.sites.choose import Candidate, Choice
 from pamm_compile.sites.cost import saved_time
 from pamm_compile.sites.reasons import Decline, Reason
+
+_MOST_TOKENS = 2**40
+"""More than any tensor has; guards are compiled, and know no larger integers than 2⁶³."""
 
 
 @dataclass(frozen=True)
@@ -95,23 +99,32 @@ class _Judge:
         trained = [p for p in site.projections if any(w.gradient is not None for w in p.parameters)]
         if not trained:
             return Reason.NO_WEIGHT_GRAD, ""
+        val = value(site.input)
+        if any(aot.size_hint(size) is None for size in val.shape):
+            return Reason.UNKNOWN_TOKENS, ""
         if all(p.narrow_of is not None for p in trained):
             factors = dict.fromkeys(p.narrow_of.name for p in trained if p.narrow_of is not None)
             return Reason.NARROW_INPUT, "output of " + ", ".join(factors)
         # By parameter: projections that share one have their gradients listed under the first.
         covered = {w.node for g in site.gradients for w in g.projection.parameters}
         missing = [p.name for p in trained if covered.isdisjoint(w.node for w in p.parameters)]
-        if missing or not _is_matrix(value(site.input)):
+        if missing or not _is_matrix(val):
             return Reason.UNSUPPORTED_LAYOUT, ", ".join(missing)
         closure, _ = self._joint.readers(site.chain.base)
         if any(aot.is_recomputed(node.meta.get("recompute")) for node in closure):
             return Reason.RECOMPUTED, ""
-        if candidate.size.tokens < self._options.min_tokens:
+        # The last reasons, since what they depend on makes guards.
+        if aot.guarded(val.shape[-2] < min(self._options.min_tokens, _MOST_TOKENS)):
             return Reason.TOO_FEW_TOKENS, f"{candidate.size.tokens} < {self._options.min_tokens}"
-        return self._worth(candidate)
+        if not candidate.size.symbolic:
+            return self._loss(candidate.method, candidate.size)
+        least = _least_tokens(lambda size: self._loss(candidate.method, size) is None, candidate)
+        if least is not None and aot.guarded(val.shape[-2] >= least):
+            return None
+        at_hint = self._loss(candidate.method, candidate.size)
+        return at_hint or (Reason.NO_SAVING, f"fewer than {least} tokens")
 
-    def _worth(self, candidate: Candidate) -> tuple[Reason, str] | None:
-        method, size = candidate.method, candidate.size
+    def _loss(self, method: Method, size: Size) -> tuple[Reason, str] | None:
         if self._options.goal == "speed":
             share = 1 - saved_time(method, size)
             if share >= 1:
@@ -152,4 +165,22 @@ def is_returned(joint: JointGraph, candidate: Candidate) -> bool:
 
 def _is_matrix(val: torch.Tensor) -> bool:
     # [b, n], or batched matmuls over a batch of one.
-    return val.dim() == 2 or (val.dim() == 3 and aot.size_hint(val.shape[0]) == 1)
+    return val.dim() == 2 or (val.dim() == 3 and aot.guarded(val.shape[0] == 1) is True)
+
+
+def _least_tokens(is_worth: Callable[[Size], bool], candidate: Candidate) -> int | None:
+    """Return from how many tokens on a site is worth compressing; None if it never is.
+
+    Searched for without looking at the number that was compiled with, so that what a batch gets
+    does not depend on the batches before it.
+    """
+    least, most = 1, _MOST_TOKENS
+    if not is_worth(replace(candidate.size, tokens=most)):
+        return None
+    while least < most:
+        middle = (least + most) // 2
+        if is_worth(replace(candidate.size, tokens=middle)):
+            most = middle
+        else:
+            least = middle + 1
+    return least

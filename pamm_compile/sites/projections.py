@@ -28,6 +28,7 @@ from pamm_compile.graph.vocabulary import (
     is_matmul,
     op_name,
 )
+from pamm_compile.private import aot
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Projections:
             if operands is None:
                 continue
             wide, narrow = value(operands[0]).shape[-1], value(node).shape[-1]
-            is_narrow = isinstance(wide, int) and isinstance(narrow, int) and 2 * narrow <= wide
+            is_narrow = aot.guarded(2 * narrow <= wide) is True
             if is_narrow and not self._is_residual_stream(node):
                 return Projection(node, operands[0], tuple(operands[1]))
         return None
@@ -176,4 +177,4 @@ class Projections:
 
 def _spans(operand: Node, result: Node) -> bool:
     a, b = value(operand), value(result)
-    return isinstance(a, torch.Tensor) and a.shape == b.shape
+    return isinstance(a, torch.Tensor) and aot.same_shape(a, b)

@@ -20,6 +20,10 @@ class Reason(enum.Enum):
     EXACT_BY_RULE = "a rule leaves it exact"
     NO_SAVING = "what is stored would take as many bytes as the input"
     UNPROFITABLE = "making the weight gradient from what is stored would take longer than exactly"
+    UNKNOWN_TOKENS = "the number of tokens is not known before the graph runs"
+    NESTED_REGION = "the weight is used in a region that is compiled on its own"
+    OWN_GRADIENTS = "the graph computes gradients itself, and is left alone"
+    AMBIGUOUS_NAME = "one graph runs for all modules of a class, which no pattern tells apart"
     UNSUPPORTED_LAYOUT = "the weight gradient is not a plain matmul over all tokens"
 
     def __str__(self) -> str:

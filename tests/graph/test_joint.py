@@ -17,7 +17,7 @@ from pamm_compile.graph.joint import (
     strip_transposes,
 )
 from pamm_compile.graph.vocabulary import op_name
-from pamm_compile.names import parameter_names
+from pamm_compile.names import names_of
 from pamm_compile.private import aot
 
 
@@ -95,7 +95,7 @@ def _joint(model: nn.Module, *inputs: Tensor) -> JointGraph:
 
     def backend(gm: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., object]:
         def partition(joint: torch.fx.GraphModule, *args: object, **kwargs: object) -> object:
-            found.append(JointGraph(joint.graph, parameter_names(gm)))
+            found.append(JointGraph(joint.graph, names_of(gm).by_key))
             return aot.min_cut_rematerialization_partition(joint, *args, **kwargs)
 
         compiler = aot.aot_autograd(

@@ -24,7 +24,7 @@ import pamm_compile
 from pamm_compile import compare_memory, measure_memory
 from pamm_compile.driver import make_pipeline
 from pamm_compile.inspect.measure import PEAK_ACCELERATOR, PEAK_CPU, saved_storages
-from pamm_compile.names import parameter_names
+from pamm_compile.names import names_of
 from pamm_compile.private import aot, memory
 
 gpu = pytest.mark.gpu
@@ -249,7 +249,7 @@ def test_compiled_bytes_are_those_of_the_partition(
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Any:
         patches = {}
-        parameters.update(parameter_names(gm))
+        parameters.update(names_of(gm).by_key)
         if compressed:
             pipeline = make_pipeline(make_options(ratio=64, min_tokens=1), parameters)
             patches["joint_custom_pre_pass"] = pipeline

@@ -104,8 +104,10 @@ def test_compiled_numbers_of_generators_are_the_eager_ones_for_any_ratio() -> No
 
 @pytest.mark.parametrize("ratio", [10 / 3, 4096 / 96, sys.float_info.max])
 def test_compiled_rows_of_a_long_decimal_are_the_eager_ones(ratio: float) -> None:
+    exact = Fraction(repr(ratio))
+
     def draw(x: Tensor, seed: Tensor) -> Tensor:
-        k = num_generators(x.shape[0], Fraction(repr(ratio)), 1)
+        k = num_generators(x.shape[0], exact, 1)
         return sample_rows(x.shape[0], k, seed, "stratified")
 
     compiled = torch.compile(draw, fullgraph=True, dynamic=True)

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from pamm_compile.driver import make_pipeline
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import op_name
-from pamm_compile.names import parameter_names
+from pamm_compile.names import names_of
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport
@@ -72,7 +72,7 @@ def capturing_backend(
     """Return a Dynamo backend that partitions as Inductor does and runs the parts eagerly."""
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        pipeline = make_pipeline(options, parameter_names(gm), apply=apply)
+        pipeline = make_pipeline(options, names_of(gm).by_key, apply=apply)
         # A graph break puts the loss in a graph of its own; the one with sites is what counts.
         kept = Captured() if captured.inputs else captured
 

@@ -64,5 +64,5 @@ def test_of_a_compilation_only_its_report_stays(tmp_path: Path) -> None:
 def test_a_report_keeps_a_bounded_number_of_graphs() -> None:
     report = pamm_compile.Report()
     for _ in range(5000):
-        report.add(pamm_compile.GraphReport(training=False))
+        report.add(pamm_compile.GraphReport(state=pamm_compile.State.INFERENCE))
     assert len(report.graphs) == 1024

@@ -41,7 +41,7 @@ def _bounded(above: int, below: int) -> tuple[int, int]:
         return _MOST, 1
     earlier, last = (0, 1), (1, 0)
     while below and earlier[1] + above // below * last[1] <= _MOST_DENOMINATOR:
-        whole, left = divmod(above, below)
+        whole, left = above // below, above % below
         earlier, last = last, (earlier[0] + whole * last[0], earlier[1] + whole * last[1])
         above, below = below, left
     return last
