@@ -11,6 +11,7 @@ from typing import get_args
 from torch import Tensor
 
 from pamm_compile import checks
+from pamm_compile.devices import DeviceFigures
 from pamm_compile.methods.base import Cost, Size
 from pamm_compile.methods.pamm.compression import (
     Compressed,
@@ -19,6 +20,7 @@ from pamm_compile.methods.pamm.compression import (
     weight_gradients,
 )
 from pamm_compile.methods.pamm.operators import index_dtype
+from pamm_compile.methods.pamm.triton import model
 from pamm_compile.methods.sampling import Sampling
 
 
@@ -118,6 +120,11 @@ class Pamm:
             contract = Cost(2 * b * k * m, b * m * item + codes + 4 * k * m, 2)
         finish = Cost(2 * k * n * m, (k * n + k * m + n * m) * item, 1)
         return assign + contract + finish
+
+    def predicted_seconds(self, size: Size, device: DeviceFigures) -> float:
+        """Return a model's time of the kernels of one site on a GPU, forward and backward."""
+        times = model.site_times(size, self.generators(size.tokens), device)
+        return sum(time.seconds for time in times)
 
     def describe(self, size: Size) -> str:
         """Return "k = 64"."""

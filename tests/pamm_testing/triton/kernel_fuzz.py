@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from pamm_compile.methods.pamm import assign, contract, eager, index_dtype
-from pamm_compile.methods.pamm.triton import assign as assign_lowering
-from pamm_compile.methods.pamm.triton import common
-from pamm_compile.methods.pamm.triton import contract as contract_lowering
+from pamm_compile.methods.pamm.triton import common, model, plan
 from pamm_testing.triton.fake_gpu import fake_inputs, generate
 
 DEVICES = {
@@ -42,6 +40,7 @@ class Draw:
     values: tuple[str, ...]
     with_cosine: bool
     device: str
+    is_sorted: bool
 
 
 def draw(seed: int) -> Draw:
@@ -65,6 +64,7 @@ def draw(seed: int) -> Draw:
         values=tuple(v for v in values if rng.random() < 0.2),
         with_cosine=rng.random() < 0.5,
         device=rng.choice(list(DEVICES)),
+        is_sorted=rng.random() < 0.4,
     )
 
 
@@ -165,8 +165,9 @@ def code(d: Draw, inputs: list[Tensor]) -> str:
     )
     with (
         mock.patch.object(common, "device_of", return_value=DEVICES[d.device]),
-        mock.patch.object(assign_lowering, "tiles", _rotated(assign_lowering.tiles, d.seed)),
-        mock.patch.object(contract_lowering, "tiles", _rotated(contract_lowering.tiles, d.seed)),
+        mock.patch.object(plan, "assign_tiles", _rotated(plan.assign_tiles, d.seed)),
+        mock.patch.object(plan, "contract_tiles", _rotated(plan.contract_tiles, d.seed)),
+        mock.patch.object(model, "is_sorted", return_value=d.is_sorted),
     ):
         return generate(site(d), fakes).wrappers["graph"]
 

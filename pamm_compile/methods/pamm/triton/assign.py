@@ -12,57 +12,9 @@ from typing import Any
 import torch
 
 from pamm_compile.methods.pamm import eager, operators
-from pamm_compile.methods.pamm.triton import common
-from pamm_compile.methods.pamm.triton.common import Device, Tile
+from pamm_compile.methods.pamm.triton import common, plan
+from pamm_compile.methods.pamm.triton.common import Tile
 from pamm_compile.private import inductor
-
-_MOST_GENERATORS = 256
-# Taller tiles read the generators less often, but only where there are enough for this share of the
-# multiprocessors.
-_FULL = 0.9
-
-
-def tiles(k: int, n: int, dtype: torch.dtype, device: Device, tokens: int = 16384) -> list[Tile]:
-    """Return the tile sizes to assign with, the one to take untimed first.
-
-    Args:
-        k: generators.
-        n: features.
-        dtype: of X.
-        device: the limits.
-        tokens: b.
-
-    Returns:
-        At least one: rows are tokens, columns generators, depth features.
-    """
-    itemsize = dtype.itemsize
-    columns = common.power_of_two(k, 16, _MOST_GENERATORS)
-    depth = common.power_of_two(n, 16, 64 if itemsize == 2 else 32)
-    if itemsize > 2:
-        narrow = min(columns, 64)
-        wanted = [Tile(64, narrow, depth, 8, 2), Tile(32, narrow, depth, 4, 2)]
-    elif columns == 256:
-        wanted = [
-            Tile(128, 128, depth, 16, 3),
-            Tile(64, 256, min(depth, 32), 8, 4),
-            Tile(128, 128, depth, 8, 3),
-            Tile(64, 128, depth, 4, 3),
-        ]
-        if -(-tokens // 128) < _FULL * device.processors:
-            wanted.insert(0, wanted.pop(1))
-    else:
-        wanted = [
-            Tile(128, columns, depth, 8, 3),
-            Tile(128, columns, depth, 8, 4),
-            Tile(64, columns, depth, 4, 3),
-            Tile(64, columns, depth, 4, 4),
-        ]
-    spare = [Tile(64, min(columns, most), depth, 4, 2) for most in (128, 64)]
-    for ways in (wanted, spare):
-        fitting = [t for t in ways if t.fits(device, itemsize, (t.rows + t.columns) * t.depth)]
-        if fitting:
-            return fitting
-    return [Tile(32, min(columns, 32), min(depth, 32), 4, 2)]
 
 
 def tile_constants(tile: Tile, with_norm: bool, precision: str) -> dict[str, Any]:
@@ -148,7 +100,7 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
 
     several = inductor.is_max_autotune()
     limits = common.device_of(device)
-    ways = tiles(
+    ways = plan.assign_tiles(
         inductor.expression_hint(k, 128),
         inductor.expression_hint(n, 1024),
         dtype,

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pamm_compile.methods.pamm.triton import assign, contract, launch
+from pamm_compile.methods.pamm.triton import assign, contract, launch, plan
 from pamm_compile.methods.pamm.triton.common import Device, Tile
 
 TARGETS = {
@@ -257,7 +257,7 @@ def compile_contract(
     name = _TYPES[dtype]
     gpu, device = TARGETS[target]
     if is_sorted is None:
-        is_sorted = k > contract.MOST_ONE_HOT
+        is_sorted = k > plan.MOST_ONE_HOT
     types = {"INDEX": f"*{_index_type(k)}", "SCALE": f"*{name}"}
     types |= {"ORDER": "*i64", "OFFSETS": "*i32", "GRAD": f"*{name}", "OUT": "*fp32", "b": "i32"}
     constants = {
@@ -291,11 +291,11 @@ def chosen(target: str, first: bool) -> Iterator[tuple[str, int, Tile]]:
     seen = set()
     for k in (16, 32, 64, 128, 256):
         ways = {
-            "assign": assign.tiles(k, 2048, torch.bfloat16, device),
-            "contract": contract.tiles(k, torch.bfloat16, device),
+            "assign": plan.assign_tiles(k, 2048, torch.bfloat16, device),
+            "contract": plan.contract_tiles(k, torch.bfloat16, device),
         }
         if k == 256:
-            ways["sorted"] = contract.tiles(512, torch.bfloat16, device, True)
+            ways["sorted"] = plan.contract_tiles(512, torch.bfloat16, device, True)
         for kernel, tiles in ways.items():
             for tile in tiles[:1] if first else tiles:
                 if (kernel, tile) not in seen:

@@ -4,8 +4,8 @@ A program takes a tile of one gradient's columns, a tile of generators and a sha
 and multiplies by the one-hot matrix of the assignment. Partial sums are fp32 and are added in a
 fixed order by Inductor, so that nothing is atomic and every run gives the same bits.
 
-Past `MOST_ONE_HOT` generators, where the zeros would cost more than the memory traffic, tokens are
-sorted by generator first, and a program visits only those of its own generators.
+Where `model` predicts that the zeros cost more than it saves, tokens are sorted by generator first,
+and a program visits only those of its own generators.
 """
 
 from __future__ import annotations
@@ -17,113 +17,12 @@ from typing import Any
 import torch
 
 from pamm_compile.methods.pamm import eager, operators
-from pamm_compile.methods.pamm.triton import common, figures
+from pamm_compile.methods.pamm.triton import common, model, plan
 from pamm_compile.methods.pamm.triton.common import Device, Tile
 from pamm_compile.private import inductor
 
-MOST_ONE_HOT = 256
-"""Generators up to which every program reads every token."""
-
-_MOST_SPLITS = 32
 # Tiles of generators that every program of the sorted kernel compares by their tokens.
 _MOST_RANKED = 64
-# Programs per place to run them in, so that a tile of many tokens is cut and none is left waiting.
-_SORTED_WAVES = 4
-# Partial sums may cost, written and read, this share of reading the gradients.
-_PARTIAL_SHARE = 4
-
-
-def tiles(k: int, dtype: torch.dtype, device: Device, is_sorted: bool = False) -> list[Tile]:
-    """Return the tile sizes to contract with, the one to take untimed first.
-
-    Args:
-        k: generators.
-        dtype: that is multiplied in.
-        device: the limits.
-        is_sorted: whether a program visits its own generators' tokens only.
-
-    Returns:
-        At least one: rows are columns of the gradients, columns generators, depth tokens.
-    """
-    itemsize = dtype.itemsize
-    if itemsize > 2:
-        columns = common.power_of_two(k, 16, 64)
-        wanted = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2)]
-    elif is_sorted:
-        # Tokens reach the pipeline through ORDER, a load that takes two of its stages.
-        wanted = [Tile(128, 64, 64, 8, 5), Tile(128, 64, 64, 8, 4), Tile(128, 128, 32, 8, 6)]
-    else:
-        wanted = {
-            256: [
-                Tile(128, 128, 32, 8, 6),
-                Tile(128, 128, 64, 8, 4),
-                Tile(256, 128, 64, 8, 3),
-                Tile(64, 256, 32, 8, 4),
-            ],
-            128: [
-                Tile(128, 128, 32, 8, 6),
-                Tile(128, 128, 64, 8, 4),
-                Tile(256, 128, 64, 8, 3),
-            ],
-            64: [
-                Tile(128, 64, 64, 8, 4),
-                Tile(256, 64, 32, 8, 6),
-                Tile(128, 64, 64, 4, 3),
-                Tile(64, 64, 64, 4, 4),
-            ],
-        }.get(
-            common.power_of_two(k, 16, 256),
-            [
-                Tile(128, common.power_of_two(k, 16, 256), 64, 8, 4),
-                Tile(128, common.power_of_two(k, 16, 256), 64, 4, 3),
-                Tile(64, common.power_of_two(k, 16, 256), 64, 4, 4),
-            ],
-        )
-    smallest = Tile(32, min(wanted[0].columns, 32), 32, 4, 2)
-    fitting = [
-        t for t in wanted if t.fits(device, itemsize, t.rows * t.depth) and _holds(t, device)
-    ]
-    return fitting or [smallest]
-
-
-def _holds(tile: Tile, device: Device) -> bool:
-    # The accumulator passes through shared memory where it is transposed on the way out.
-    return 4 * tile.rows * tile.columns <= device.shared_bytes
-
-
-def splits(
-    tokens: int,
-    widths: Sequence[int],
-    k: int,
-    itemsize: int,
-    tile: Tile,
-    device: Device,
-    is_sorted: bool = False,
-) -> int:
-    """Return how many shares the tokens are cut into, so that all multiprocessors have work.
-
-    Args:
-        tokens: b.
-        widths: columns of each gradient.
-        k: generators.
-        itemsize: bytes of a gradient's element.
-        tile: as cut.
-        device: the limits.
-        is_sorted: whether a program visits its own generators' tokens only.
-
-    Returns:
-        In [1, 32].
-    """
-    programs = sum(-(-m // tile.rows) for m in widths) * -(-k // tile.columns)
-    shared = tile.stages * tile.rows * tile.depth * itemsize
-    places = device.processors * figures.resident(
-        "sorted" if is_sorted else "contract", tile, device, shared
-    )
-    wanted = places * (_SORTED_WAVES if is_sorted else 1) // max(1, programs)
-    affordable = tokens * itemsize // (8 * k * _PARTIAL_SHARE)
-    visited = tokens * tile.columns // max(k, tile.columns) if is_sorted else tokens
-    worthwhile = visited // (8 * tile.depth)
-    return max(1, min(wanted, affordable, worthwhile, _MOST_SPLITS))
 
 
 def tile_constants(
@@ -238,12 +137,13 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
     widths = [grad.get_size()[1] for grad in grads]
     k_hint, b_hint = inductor.expression_hint(k, 128), inductor.expression_hint(b, 16384)
     product = grads[0].get_dtype() if len(dtypes) == 1 else torch.float32
-    is_sorted = k_hint > MOST_ONE_HOT
-    ways = tiles(k_hint, product, limits, is_sorted)
+    width_hints = [inductor.expression_hint(m, 1024) for m in widths]
+    is_sorted = model.is_sorted(b_hint, width_hints, k_hint, product, limits)
+    ways = plan.contract_tiles(k_hint, product, limits, is_sorted)
     several = inductor.is_max_autotune()
-    shares = splits(
+    shares = plan.splits(
         b_hint,
-        [inductor.expression_hint(m, 1024) for m in widths],
+        width_hints,
         k_hint,
         grads[0].get_dtype().itemsize,
         ways[0],

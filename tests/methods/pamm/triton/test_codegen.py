@@ -176,12 +176,14 @@ def llama_site(b: int = 16384, n: int = 2048) -> list[Tensor]:
 def test_launches_of_one_site() -> None:
     launches = generate(compressed_site, llama_site()).launches("graph")
     names = [re.sub(r"_\d+\b", "", launch.split("(")[0]) for launch in launches]
+    # Inductor unrolls the sum of few splits.
+    names = [re.sub("triton_(per|poi)_fused", "triton_sum", name) for name in names]
     # Forward: gather and norms, assignment. Backward: contraction, sum and cast, one matmul.
     assert names == [
         "triton_red_fused.run",
         "triton_tem_fused.run",
         "triton_tem_fused.run",
-        "triton_poi_fused.run",
+        "triton_sum.run",
         "extern_kernels.mm",
     ]
 

@@ -12,7 +12,7 @@ import torch
 import triton
 from pamm_testing.triton import two_readers
 
-from pamm_compile.methods.pamm.triton import assign, compiled, contract
+from pamm_compile.methods.pamm.triton import compiled, plan
 from pamm_compile.methods.pamm.triton.common import Device, Tile
 from pamm_compile.methods.pamm.triton.compiled import TARGETS, Compiled
 
@@ -63,7 +63,7 @@ def test_hopper_contraction_issues_little(k: int, before: int) -> None:
 
     `before`: 128×64×64 and 128×128×64 tiles, and two of 64×256×32, 8 warps each, Triton 3.7.1.
     """
-    tile = contract.tiles(k, torch.bfloat16, TARGETS["sm_90"][1])[0]
+    tile = plan.contract_tiles(k, torch.bfloat16, TARGETS["sm_90"][1])[0]
     (row,) = (
         row
         for row in FIGURES
@@ -77,7 +77,7 @@ def test_hopper_contraction_issues_little(k: int, before: int) -> None:
 def test_sorted_contraction_has_three_slots() -> None:
     rows = [row for row in FIGURES if row["kernel"] == "sorted" and row["target"] == "sm_90"]
     assert rows[0]["tile"] == list(
-        contract.tiles(512, torch.bfloat16, TARGETS["sm_90"][1], True)[0]
+        plan.contract_tiles(512, torch.bfloat16, TARGETS["sm_90"][1], True)[0]
     )
     assert min(rows[0]["slots"]) >= 3
 
@@ -95,7 +95,7 @@ def test_no_choice_spills(target: str) -> None:
 
 @pytest.mark.parametrize("k", [64, 256])
 def test_assignment_with_the_cosine(k: int) -> None:
-    tile = assign.tiles(k, 2048, torch.bfloat16, TARGETS["sm_90"][1])[0]
+    tile = plan.assign_tiles(k, 2048, torch.bfloat16, TARGETS["sm_90"][1])[0]
     kernel = compiled.compile_assign(tile, k, "sm_90", with_norm=True)
     check(kernel, "sm_90")
     assert refilled_too_early(kernel.kernel.asm["ttgir"]) == []
@@ -104,9 +104,9 @@ def test_assignment_with_the_cosine(k: int) -> None:
 @pytest.mark.parametrize(("target", "precision"), [("sm_80", "ieee"), ("sm_90", "tf32")])
 def test_fp32(target: str, precision: str) -> None:
     device, options = TARGETS[target][1], {"dtype": torch.float32, "precision": precision}
-    tile = assign.tiles(512, 2048, torch.float32, device)[0]
+    tile = plan.assign_tiles(512, 2048, torch.float32, device)[0]
     check(compiled.compile_assign(tile, 512, target, with_norm=True, **options), target)
-    tile = contract.tiles(512, torch.float32, device)[0]
+    tile = plan.contract_tiles(512, torch.float32, device)[0]
     check(compiled.compile_contract(tile, 512, target, **options), target)
 
 
@@ -116,18 +116,18 @@ def test_other_devices(target: str) -> None:
     backend = TARGETS[target][0].backend
     if backend != "cuda" and "amd" not in triton.backends.backends:
         pytest.skip("this Triton has no AMD backend")
-    tile = assign.tiles(64, 2048, torch.bfloat16, device)[0]
+    tile = plan.assign_tiles(64, 2048, torch.bfloat16, device)[0]
     check(compiled.compile_assign(tile, 64, target), target)
     for k in (64, 256):
-        tile = contract.tiles(k, torch.bfloat16, device)[0]
+        tile = plan.contract_tiles(k, torch.bfloat16, device)[0]
         check(compiled.compile_contract(tile, k, target), target)
 
 
 def test_sizes_that_no_tile_divides() -> None:
     device = TARGETS["sm_90"][1]
-    tile = assign.tiles(64, 33, torch.bfloat16, device)[0]
+    tile = plan.assign_tiles(64, 33, torch.bfloat16, device)[0]
     check(compiled.compile_assign(tile, 64, "sm_90", n=33), "sm_90")
-    tile = contract.tiles(64, torch.bfloat16, device)[0]
+    tile = plan.contract_tiles(64, torch.bfloat16, device)[0]
     check(compiled.compile_contract(tile, 64, "sm_90", m=1000), "sm_90")
 
 
@@ -169,9 +169,9 @@ def test_the_hazard_check_finds_the_hazard() -> None:
 def test_there_is_a_tile_for_every_device(k: int, dtype: torch.dtype, shared: int) -> None:
     device = Device("cuda", 7, 20, shared)
     for n in (1, 100, 4096):
-        assert assign.tiles(k, n, dtype, device)
+        assert plan.assign_tiles(k, n, dtype, device)
     for is_sorted in (False, True):
-        tile = contract.tiles(k, dtype, device, is_sorted)[0]
+        tile = plan.contract_tiles(k, dtype, device, is_sorted)[0]
         for tokens, widths in ((1, [1]), (1 << 20, [64])):
             args = (tokens, widths, k, dtype.itemsize, tile, device, is_sorted)
-            assert 1 <= contract.splits(*args) <= 32
+            assert 1 <= plan.splits(*args) <= 32

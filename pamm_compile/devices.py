@@ -1,0 +1,186 @@
+"""Peak figures of GPUs, and a model of the time that a cost takes on one.
+
+Nothing here was timed: times are bounds from data sheets, times the shares of the peaks that are
+assumed to be reached. They are for comparing methods and tiles where no such device is at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from pamm_compile import checks
+from pamm_compile.methods.base import Cost, Method, Size, exact_cost
+
+MATMUL_SHARE = 0.66
+"""Assumed of the peak: what large bfloat16 matmuls reach where power limits the clock."""
+BANDWIDTH_SHARE = 0.9
+"""Assumed of the peak of main memory."""
+CACHE_SHARE = 0.7
+"""Assumed of the peak of the L2 cache."""
+ISSUE_SHARE = 0.8
+"""Assumed of one instruction a scheduler and clock."""
+
+
+@dataclass(frozen=True)
+class DeviceFigures:
+    """What a data sheet says of a GPU."""
+
+    name: str
+    target: str
+    """Triton's architecture."""
+    processors: int
+    """Multiprocessors."""
+    clock: float
+    """Hz, boosted."""
+    half: float
+    """Floating-point operations a second of dense matmuls in 16 bits."""
+    tf32: float
+    """The same in TF32."""
+    single: float
+    """The same in float32 without matrix units."""
+    bandwidth: float
+    """Bytes a second of main memory."""
+    cache_bandwidth: float
+    """Bytes a second from the L2 cache."""
+    launch: float
+    """Seconds from one kernel of a stream to the next."""
+    source: str
+
+    def flops(self, dtype: torch.dtype) -> float:
+        """Return the peak for matmuls of a dtype, float32 by PyTorch's default of no TF32."""
+        return self.half if dtype.itemsize == 2 else self.single
+
+    @property
+    def issue(self) -> float:
+        """Instructions of warps a second."""
+        return 4 * self.processors * self.clock
+
+
+_L2 = "L2: 5120 bytes a clock, NVIDIA A100 architecture whitepaper, assumed of Hopper too"
+_DEVICES = {
+    "a100": DeviceFigures(
+        "A100 SXM 80 GB",
+        "sm_80",
+        108,
+        1.41e9,
+        312e12,
+        156e12,
+        19.5e12,
+        2.039e12,
+        5120 * 1.41e9,
+        2e-6,
+        f"NVIDIA A100 data sheet (2021); {_L2}",
+    ),
+    "h100": DeviceFigures(
+        "H100 SXM 80 GB",
+        "sm_90",
+        132,
+        1.83e9,
+        989.4e12,
+        494.7e12,
+        66.9e12,
+        3.35e12,
+        5120 * 1.83e9,
+        2e-6,
+        f"NVIDIA H100 data sheet and architecture whitepaper (2022); {_L2}",
+    ),
+    "h200": DeviceFigures(
+        "H200 SXM 141 GB",
+        "sm_90",
+        132,
+        1.83e9,
+        989.4e12,
+        494.7e12,
+        66.9e12,
+        4.8e12,
+        5120 * 1.83e9,
+        2e-6,
+        f"NVIDIA H200 data sheet (2023); {_L2}",
+    ),
+    "mi300x": DeviceFigures(
+        "MI300X",
+        "gfx942",
+        304,
+        2.1e9,
+        1307.4e12,
+        653.7e12,
+        163.4e12,
+        5.3e12,
+        17.2e12,
+        4e-6,
+        "AMD MI300X data sheet (2023); cache: its Infinity Cache",
+    ),
+}
+
+
+@runtime_checkable
+class Predicted(Protocol):
+    """A method that has a model of its own kernels."""
+
+    def predicted_seconds(self, size: Size, device: DeviceFigures) -> float:
+        """Return a model's time of what `store` and `weight_gradients` do for one site and step."""
+        ...
+
+
+def device_named(name: str) -> DeviceFigures:
+    """Return the figures of a GPU: "a100", "h100", "h200" or "mi300x".
+
+    Raises:
+        InvalidOptionError: no other is known.
+    """
+    key = name.strip().lower()
+    checks.choice("device", key, list(_DEVICES))
+    return _DEVICES[key]
+
+
+def predicted_seconds(cost: Cost, device: DeviceFigures, dtype: torch.dtype) -> float:
+    """Return a model's time of a cost: arithmetic, memory and launches, one after another.
+
+    Of several kernels in a row one waits for arithmetic and the next for memory, so that nothing
+    is assumed to overlap.
+
+    Args:
+        cost: of a method at one site.
+        device: from `device_named`.
+        dtype: of what is multiplied.
+
+    Returns:
+        Seconds.
+    """
+    arithmetic = (cost.flops - cost.wide_flops) / (MATMUL_SHARE * device.flops(dtype))
+    wide = cost.wide_flops / (MATMUL_SHARE * device.single)
+    memory = cost.bytes / (BANDWIDTH_SHARE * device.bandwidth)
+    return arithmetic + wide + memory + cost.launches * device.launch
+
+
+def exact_seconds(size: Size, device: DeviceFigures) -> float:
+    """Return a model's time of the exact weight gradients of a site: matmuls alone.
+
+    A matmul reads and multiplies at once, so that the longer of the two counts.
+    """
+    cost = exact_cost(size)
+    arithmetic = cost.flops / (MATMUL_SHARE * device.flops(size.dtype))
+    memory = cost.bytes / (BANDWIDTH_SHARE * device.bandwidth)
+    return max(arithmetic, memory) + cost.launches * device.launch
+
+
+def site_seconds(method: Method, size: Size, device: DeviceFigures) -> float:
+    """Return a model's time of a method at a site, forward and backward, in place of exact dW.
+
+    By the method's own model of its kernels where it has one (`Predicted`), by `Method.cost`
+    otherwise. To compare with `exact_seconds`.
+
+    Args:
+        method: any.
+        size: of the site.
+        device: from `device_named`.
+
+    Returns:
+        Seconds.
+    """
+    if isinstance(method, Predicted):
+        return method.predicted_seconds(size, device)
+    return predicted_seconds(method.cost(size), device, size.dtype)
