@@ -110,7 +110,7 @@ def main() -> None:
         with FakeTensorMode():
             model = build(args, opaque=opaque)
             ids = torch.zeros(args.batch, args.sequence, dtype=torch.int64)
-            for name, using in (("compile", None), ("PAMM", backend)):
+            for name, using in (("compile", "exact"), ("PAMM", backend)):
                 for budget in (1.0, args.budget):
                     with functorch_config.patch(activation_memory_budget=budget):
                         found = pamm_compile.predict_saved(

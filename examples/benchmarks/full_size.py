@@ -49,7 +49,7 @@ def predict(
     if not arm.compiled:
         saved = saved_storages(lambda: model(**batch).loss, model=model)
         return pamm_compile.Prediction(saved, pamm_compile.Report())
-    using = backend_of(arm, case) if arm.approximates else None
+    using = backend_of(arm, case) if arm.approximates else "exact"
     with arm.settings():
         return pamm_compile.predict_saved(model, using=using, **batch)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.fx import GraphModule
 
 from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
+from pamm_compile.errors import InvalidOptionError
 from pamm_compile.inspect.measure import SavedStorage, saved_storages
 from pamm_compile.report import Report
-from pamm_compile.torch_backend import Backend
+from pamm_compile.torch_backend import Backend, backend
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,16 @@ class Prediction:
 
 
 def predict_saved(
-    model: torch.nn.Module, *args: Any, using: Backend | None = None, **kwargs: Any
+    model: torch.nn.Module,
+    *args: Any,
+    using: Backend | Literal["exact"] | None = None,
+    **kwargs: Any,
 ) -> Prediction:
     """Tell what a compiled model would save for backward, without compiling it.
 
     Equivalent to the saved storages of `measure_memory(lambda: compiled(*args, **kwargs))` with
 
-        compiled = torch.compile(model, backend=using or "inductor")
+        compiled = torch.compile(model, backend=using)
 
     except that no code is generated: graphs are traced, rewritten and partitioned as for Inductor,
     and their operators run one by one. Nothing is computed or allocated if model and inputs are
@@ -51,7 +55,8 @@ def predict_saved(
     Args:
         model: any module; its parameters and buffers do not count. A compiled one is unwrapped.
         args: what to call it with.
-        using: a backend, for its options; None for exact torch.compile.
+        using: a backend, for its options; None stands for `backend()`, as in `explain`; "exact"
+            for torch.compile without us.
         kwargs: what to call it with.
 
     Returns:
@@ -60,12 +65,18 @@ def predict_saved(
     Raises:
         MeasurementError: a tensor is saved whose layout is neither strided nor sparse COO.
     """
+    if using is not None and using != "exact" and not isinstance(using, Backend):
+        raise InvalidOptionError(
+            f"using={using!r} is not allowed: using must be a backend of pamm_compile.backend(), "
+            '"exact", or None for the defaults.'
+        )
+    chosen = None if using == "exact" else using or backend()
     report = Report()
 
     def partition(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
-        if using is None:
+        if chosen is None:
             return compile_graph(gm, inputs, None, mode=Mode.PARTITION)
-        pipeline = make_pipeline(using.options, names, using.passes, gm=gm)
+        pipeline = make_pipeline(chosen.options, names, chosen.passes, gm=gm)
         compiled = compile_graph(gm, inputs, pipeline, mode=Mode.PARTITION)
         report.add(found(pipeline))
         return compiled

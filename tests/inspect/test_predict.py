@@ -33,10 +33,10 @@ class Block(nn.Module):
 @pytest.mark.parametrize("compressed", [False, True], ids=["exact", "pamm"])
 def test_predicts_what_inductor_saves(budget: float, compressed: bool) -> None:
     model, x = Block(), torch.randn(BATCH, LENGTH, WIDTH)
-    using = pamm_compile.backend(8, min_tokens=1) if compressed else None
+    using = pamm_compile.backend(8, min_tokens=1) if compressed else "exact"
     with functorch_config.patch(activation_memory_budget=budget):
         predicted = predict_saved(model, x, using=using)
-        compiled = torch.compile(model, backend=using or "inductor")
+        compiled = torch.compile(model, backend=using if compressed else "inductor")
         measured = measure_memory(lambda: compiled(x), model=model)
     assert predicted.saved == measured.saved
     assert predicted.saved_bytes == measured.saved_bytes > 0
@@ -56,13 +56,13 @@ def test_needs_no_memory() -> None:
     # 16 TiB of tokens; X of the projections is 4 KiB wide.
     with FakeTensorMode():
         model = nn.Sequential(nn.Linear(1024, 1024), nn.Sigmoid(), nn.Linear(1024, 1024))
-        predicted = predict_saved(model, torch.randn(2**32, 1024))
+        predicted = predict_saved(model, torch.randn(2**32, 1024), using="exact")
     assert predicted.saved_bytes == 2 * 2**32 * 1024 * 4
 
 
 def test_saves_less_by_what_the_report_says() -> None:
     model, x = Block(), torch.randn(BATCH, LENGTH, WIDTH)
-    exact = predict_saved(model, x)
+    exact = predict_saved(model, x, using="exact")
     pamm = predict_saved(model, x, using=pamm_compile.backend(8, min_tokens=1))
     (site,) = pamm.report.compressed
     assert exact.saved_bytes - pamm.saved_bytes == site.bytes_before - site.bytes_after > 0
@@ -71,3 +71,11 @@ def test_saves_less_by_what_the_report_says() -> None:
     kept = [(each.shape, each.dtype) for each in pamm.saved]
     assert ((k, WIDTH), "float32") in kept
     assert ((TOKENS,), "uint8") in kept
+
+
+def test_none_stands_for_the_defaults_as_in_explain() -> None:
+    model, x = Block(), torch.randn(4, 128, WIDTH)
+    predicted = predict_saved(model, x)
+    assert predicted.report.sites == pamm_compile.explain(model, x).sites
+    with pytest.raises(pamm_compile.InvalidOptionError, match=r'using must be a backend .*"exact"'):
+        predict_saved(model, x, using="inductor")  # type: ignore[arg-type]
