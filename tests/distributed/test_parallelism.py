@@ -11,19 +11,15 @@ from pamm_testing.distributed.ranks import RankFailedError, launch
 
 
 @pytest.mark.slow
-def test_distributed_data_parallel() -> None:
-    launch("ddp_checks:main", ranks=2)
-
-
-@pytest.mark.slow
-def test_fully_sharded_data_parallel() -> None:
-    launch("fsdp_checks:main", ranks=2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", ["tensor_parallel", "sequence_parallel"])
-def test_tensor_and_sequence_parallel(check: str) -> None:
-    launch(f"tp_checks:{check}", ranks=2)
+def test_two_ranks() -> None:
+    """DDP, FSDP2, tensor and sequence parallelism, in the same two processes."""
+    launch(
+        "ddp_checks:main",
+        "fsdp_checks:main",
+        "tp_checks:tensor_parallel",
+        "tp_checks:sequence_parallel",
+        ranks=2,
+    )
 
 
 @pytest.mark.slow
@@ -41,8 +37,8 @@ def test_a_rank_that_fails_is_reported_and_not_waited_for() -> None:
 
 @pytest.mark.slow
 def test_ranks_that_wait_are_ended_and_located() -> None:
-    with pytest.raises(RankFailedError, match="still running after 25 s") as caught:
-        launch("failing_checks:one_waits", ranks=2, timeout=25)
+    with pytest.raises(RankFailedError, match="still running after 5 s") as caught:
+        launch("failing_checks:one_waits", ranks=2, timeout=5)
     assert "in one_waits" in str(caught.value)
 
 

@@ -1,11 +1,11 @@
 """Run a function in several processes that form one process group, and report who fails.
 
-    launch("ddp_checks:main", ranks=2)
+    launch("ddp_checks:main", "fsdp_checks:main", ranks=2)
 
-starts `python ranks.py ddp_checks:main` once per rank, with the environment that torchrun sets and
-a rendezvous through a file, so that no port is guessed. The first rank that fails ends the others
-after a few seconds, and the tracebacks are the message of the error: a rank that waits in a
-collective for a dead one would else hide the cause until the timeout.
+starts `python ranks.py gloo ddp_checks:main fsdp_checks:main` once per rank, with the environment
+that torchrun sets and a rendezvous through a file, so that no port is guessed. The first rank that
+fails ends the others after a few seconds, and the tracebacks are the message of the error: a rank
+that waits in a collective for a dead one would else hide the cause until the timeout.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 _RENDEZVOUS = "PAMM_TEST_RENDEZVOUS"
+_STARTED = "PAMM_TEST_STARTED"
 _TIMEOUT = "PAMM_TEST_TIMEOUT"
 _POLL_SECONDS = 0.05
+_START_SECONDS = 300
+"""To import torch and to meet, on a machine that has other things to do."""
 _GRACE_SECONDS = 3
 _TAIL = 6000
 
@@ -35,8 +38,7 @@ class RankFailedError(Exception):
 
 
 def launch(
-    target: str,
-    *,
+    *targets: str,
     ranks: int,
     timeout: float = 900,
     backend: str = "gloo",
@@ -45,9 +47,10 @@ def launch(
     """Run "module:function" of this folder on every rank.
 
     Args:
-        target: what to run; it finds the process group initialised.
+        targets: what to run, one after the other in the same processes, since starting them costs
+            more than many a check; each finds the process group initialised and Dynamo reset.
         ranks: how many processes.
-        timeout: seconds after which all of them are ended.
+        timeout: seconds after all have started at which all of them are ended.
         backend: of the process group.
         environment: further variables.
 
@@ -65,7 +68,7 @@ def launch(
             out = stack.enter_context(open(scratch / f"{rank}.out", "w"))
             err = stack.enter_context(open(scratch / f"{rank}.err", "w"))
             process = subprocess.Popen(
-                [sys.executable, __file__, target, backend],
+                [sys.executable, __file__, backend, *targets],
                 stdout=out,
                 stderr=err,
                 env={
@@ -91,6 +94,7 @@ def _variables(rank: int, ranks: int, scratch: Path, timeout: float) -> dict[str
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
         _RENDEZVOUS: f"file://{scratch / 'store'}",
+        _STARTED: str(scratch / f"{rank}.started"),
         _TIMEOUT: str(timeout),
         "PYTHONPATH": os.pathsep.join(filter(None, path)),
         "OMP_NUM_THREADS": "1",
@@ -100,7 +104,8 @@ def _variables(rank: int, ranks: int, scratch: Path, timeout: float) -> dict[str
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], scratch: Path, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + _START_SECONDS
+    starting = True
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes):
             # Ranks that lose their peer fail too, and sometimes before the culprit has ended.
@@ -108,6 +113,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], scratch: Path, timeout: floa
             while time.monotonic() < deadline and None in [p.poll() for p in processes]:
                 time.sleep(_POLL_SECONDS)
             break
+        if starting and all((scratch / f"{r}.started").exists() for r in range(len(processes))):
+            starting = False
+            deadline = time.monotonic() + timeout
         if time.monotonic() > deadline:
             tails = [f"rank {r}:\n{_tail(scratch, r)}" for r in range(len(processes))]
             raise RankFailedError(f"still running after {timeout:g} s\n" + "\n".join(tails))
@@ -122,9 +130,7 @@ def _tail(scratch: Path, rank: int) -> str:
     return (scratch / f"{rank}.err").read_text()[-_TAIL:]
 
 
-def _run(target: str, backend: str) -> None:
-    # Where each rank waits, should the launcher end it for its time.
-    faulthandler.dump_traceback_later(0.95 * float(os.environ[_TIMEOUT]))
+def _run(backend: str, *targets: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -138,8 +144,13 @@ def _run(target: str, backend: str) -> None:
         world_size=int(os.environ["WORLD_SIZE"]),
         timeout=datetime.timedelta(seconds=60),
     )
-    module, function = target.split(":")
-    getattr(importlib.import_module(f"pamm_testing.distributed.{module}"), function)()
+    Path(os.environ[_STARTED]).touch()
+    # Where each rank waits, should the launcher end it for its time.
+    faulthandler.dump_traceback_later(0.8 * float(os.environ[_TIMEOUT]))
+    for target in targets:
+        module, function = target.split(":")
+        getattr(importlib.import_module(f"pamm_testing.distributed.{module}"), function)()
+        torch._dynamo.reset()
     # Not in a finally: after an error the others may be waiting in a collective for ever.
     dist.barrier()
     dist.destroy_process_group()
