@@ -1,7 +1,8 @@
 """Tune a small byte-level LLaMA exactly and with approximate weight gradients, and compare.
 
     python examples/train.py                               a few minutes on two cores
-    python examples/train.py --ratio 64 256 512            several ratios of PAMM
+    python examples/train.py --ratio 64 256 512            several ratios of the paper's PAMM
+    python examples/train.py --rules "mlp=pamm:32"         other rules in place of the whole model
     python examples/train.py --pretrain 0 --steps 300      from random weights
     python examples/train.py --device cuda --dtype bfloat16 --hidden 512 --heads 8
 
@@ -38,6 +39,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import pamm_compile
 
+WHOLE_MODEL = "linear=subspace"
+
 
 @dataclasses.dataclass
 class Run:
@@ -57,6 +60,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--ratio", type=float, nargs="+", default=[256], help="tokens a generator")
+    parser.add_argument("--rules", default=WHOLE_MODEL, help=f"of the last arm: {WHOLE_MODEL}")
     parser.add_argument("--pretrain", type=int, default=200, help="exact steps on code first")
     parser.add_argument("--steps", type=int, default=100, help="steps of every arm")
     parser.add_argument("--lr", type=float, help="peak; default: 5e-4, or 2e-3 from random weights")
@@ -75,11 +79,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def arms(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the backends to compare, the exact one first."""
-    return {
-        "exact": "inductor",
-        **{f"PAMM on Q, K, V, {r:g}": pamm_compile.backend(ratio=r) for r in args.ratio},
-    }
+    """Return the backends to compare: exact, the paper's, and every linear layer."""
+    chosen: dict[str, Any] = {"exact": "inductor"}
+    for ratio in args.ratio:
+        chosen[f"PAMM {ratio:g} on Q, K, V"] = pamm_compile.backend(ratio=ratio)
+    name = "whole model" if args.rules == WHOLE_MODEL else args.rules
+    chosen[name] = pamm_compile.backend(rules=args.rules)
+    return chosen
 
 
 def code(*, without: str = "") -> tuple[Tensor, Tensor]:

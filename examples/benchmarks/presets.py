@@ -54,6 +54,7 @@ PRESETS = {
     "cpu": Preset(
         models={
             "llama-60m": (_cut("llama-60m", 4, 257), 8),
+            "llama-350m": (_cut("llama-350m", 2, 257), 8),
             "gpt2": (_cut("gpt2", 2, 257), 2),
             "roberta": (_cut("roberta", 2, 257), 4),
         },

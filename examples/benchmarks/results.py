@@ -72,6 +72,22 @@ def _first_screen() -> list[str]:
     return tables.markdown(["one step", "saved for backward", "peak", "time"], rows)
 
 
+def _first_loss() -> list[str]:
+    """Return tuning on Q, K and V alone, from few generators to many."""
+    runs = quality.records(RECORDS / "quality-tuning.jsonl")
+    wanted = {"exact": "exact", **{f"pamm:{k}": f"PAMM, k = {k}" for k in (8, 16, 32)}}
+    of: dict[str, dict[int, float]] = {name: {} for name in wanted}
+    for run in runs:
+        if run["method"] in wanted and run["setting"]["targets"] == "qkv":
+            of[run["method"]][run["seed"]] = run["validation"]
+    rows = []
+    for method, name in wanted.items():
+        gaps = [loss - of["exact"][seed] for seed, loss in of[method].items()]
+        each = ", ".join(f"{gap:+.3f}" for gap in gaps) if method != "exact" else "-"
+        rows.append([name, ", ".join(f"{loss:.3f}" for loss in of[method].values()), each])
+    return tables.markdown(["tuning, three seeds", "validation loss", "above exact"], rows)
+
+
 def _losses(name: str) -> list[str]:
     return _as_written_today(quality.table(quality.records(RECORDS / name)).splitlines())
 
@@ -90,6 +106,7 @@ def _as_written_today(lines: list[str]) -> list[str]:
 
 TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
+    "first-screen-loss": _first_loss,
     "steps-llama-60m": lambda: _steps("llama-60m"),
     "steps-gpt2": lambda: _steps("gpt2"),
     "steps-roberta": lambda: _steps("roberta"),

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from pamm_testing.programs import CHECKOUT
 
 from examples.benchmarks import results
@@ -35,6 +36,14 @@ def test_programs_and_tests_exist(page: Path) -> None:
     text = page.read_text()
     for name in re.findall(r"(?<![\w/])(?:examples|tests|\.ci)/[\w/.]+[\w/]", text):
         assert (CHECKOUT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_first_snippet_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = (CHECKOUT / "README.md").read_text()
+    snippet = re.findall(r"^```python\n(.*?)^```$", readme, re.S | re.M)[0]
+    scope = {"model": torch.nn.Linear(2, 2)}
+    exec(snippet, scope)
+    assert capsys.readouterr().out == "nothing compiled yet\n"
 
 
 def test_tables_are_what_their_records_say(capsys: pytest.CaptureFixture[str]) -> None:

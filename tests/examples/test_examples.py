@@ -46,8 +46,9 @@ def test_every_example_reads_alone(path: Path) -> None:
 @pytest.mark.usefixtures("no_code")
 def test_train(run_here: Run, tmp_path: Path) -> None:
     printed = run_here(
-        "train.py", *TINY, "--pretrain", 8, "--steps", 4, "--ratio", 64, 32, "--out", tmp_path
-    )
+        "train.py", *TINY, "--pretrain", 8, "--steps", 4, "--ratio", 64,
+        "--rules", "linear=pamm:32", "--out", tmp_path,
+    )  # fmt: skip
     record = json.loads((tmp_path / "train-seed0.json").read_text())
     assert_finite(record)
     exact, *others = record["runs"]
