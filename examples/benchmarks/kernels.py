@@ -40,10 +40,12 @@ from torch import Tensor
 from examples.benchmarks import cli, machine, tables
 from examples.benchmarks.models import SHAPES
 from examples.benchmarks.timing import seconds
+from pamm_compile import devices
+from pamm_compile.methods.base import Size
 from pamm_compile.methods.pamm import assign, contract, index_dtype
 from pamm_compile.methods.pamm import triton as lowering
-from pamm_compile.methods.pamm.triton import assign as assign_kernel
-from pamm_compile.methods.pamm.triton import contract as contract_kernel
+from pamm_compile.methods.pamm.triton import model as time_model
+from pamm_compile.methods.pamm.triton import plan as tile_plan
 
 TINY = ("tiny", 512, 16)
 WIDTHS = {name: shape.width for name, shape in SHAPES.items()} | {"tiny": 64}
@@ -130,6 +132,8 @@ class Cell:
     exact: float
     assign_share: float
     contract_share: float
+    predicted: dict[str, float] = dataclasses.field(default_factory=dict)
+    """What the package's model of the time says of each kernel, where it knows the device."""
     tiles: dict[str, dict[str, float | None]] = dataclasses.field(default_factory=dict)
     """Seconds by kernel and tile, where they were asked for; none of a tile that failed."""
 
@@ -221,18 +225,33 @@ class Site:
             self.model, self.tokens, self.k, n, str(self.dtype).removeprefix("torch."),
             forward, back, finish, exact, moved / forward / copy, moved_back / back / copy,
         )  # fmt: skip
+        size_of_site = Size(self.tokens, n, (n, n, n), self.dtype, self.clock.device.type)
+        cell.predicted = predictions(size_of_site, self.k)
         if with_tiles:
-            cell.tiles["assign"] = _by_choice(assign_kernel, self.time_assign)
-            for name, most in (("one-hot", self.k), ("sorted", 0)):
-                with mock.patch.object(contract_kernel, "MOST_ONE_HOT", most, create=True):
-                    found = _by_choice(contract_kernel, lambda: self.time_contract(codes))
+            cell.tiles["assign"] = _by_choice("assign_tiles", self.time_assign)
+            for name in ("one-hot", "sorted"):
+                with mock.patch.object(time_model, "is_sorted", return_value=name == "sorted"):
+                    found = _by_choice("contract_tiles", lambda: self.time_contract(codes))
                 cell.tiles[f"contract, {name}"] = found
         return cell
 
 
-def _by_choice(module: Any, timed: Callable[[], float]) -> dict[str, float | None]:
-    """Time a kernel with each tile that its module would choose from, one after the other."""
-    choose: Callable[..., Sequence[Any]] = module.tiles
+def predictions(size: Size, k: int) -> dict[str, float]:
+    """Return seconds by kernel as the package's model has them, for the device at hand."""
+    if size.device == "cpu":
+        return {}
+    name = torch.cuda.get_device_name().lower()
+    known = next((each for each in ("a100", "h100", "h200", "mi300x") if each in name), None)
+    if known is None:
+        return {}
+    device = devices.device_named(known)
+    found = {time.name: time.seconds for time in time_model.site_times(size, k, device)}
+    return {**found, "exact": devices.exact_seconds(size, device)}
+
+
+def _by_choice(chooser: str, timed: Callable[[], float]) -> dict[str, float | None]:
+    """Time a kernel with each tile that a function of the plan would choose from, one by one."""
+    choose: Callable[..., Sequence[Any]] = getattr(tile_plan, chooser)
     times: dict[str, float | None] = {}
     for number in itertools.count():
         seen: list[Any] = []
@@ -242,7 +261,7 @@ def _by_choice(module: Any, timed: Callable[[], float]) -> dict[str, float | Non
             return seen[number : number + 1] or seen[:1]
 
         # The cache of compiled graphs knows nothing of what is replaced here.
-        with mock.patch.object(module, "tiles", one), fresh_code():
+        with mock.patch.object(tile_plan, chooser, one), fresh_code():
             try:
                 took: float | None = timed()
             except Exception as error:  # noqa: BLE001  the other tiles do not hang on it

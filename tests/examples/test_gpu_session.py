@@ -6,14 +6,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from pamm_testing.programs import assert_finite
 
 from examples.benchmarks import gpu_session, kernels
+from pamm_compile import devices
+from pamm_compile.methods.base import Size
+from pamm_compile.methods.pamm.triton import model, plan
 
 
 def test_inputs_are_as_many_as_the_cache_takes_of_what_is_read() -> None:
-    # X of 60M at 16,384 tokens in bf16 is 16 MiB; an H100's L2 cache holds 50.
+    # X of 60M at 16,384 tokens in bf16 is 16 MiB; an limits's L2 cache holds 50.
     assert kernels.sets_needed(16 * 2**20, 50 * 2**20) == 7
     assert kernels.sets_needed(48 * 2**20, 50 * 2**20) == 3
     assert kernels.sets_needed(2**30, 50 * 2**20) == 1
@@ -21,6 +25,35 @@ def test_inputs_are_as_many_as_the_cache_takes_of_what_is_read() -> None:
     x, gradients = (sum(t.nbytes for t in tensors) for tensors in (site.x, site.grads))
     assert x > 2 * site.cache
     assert gradients > 2 * site.cache
+
+
+def test_every_tile_is_timed_in_its_turn() -> None:
+    """What a kernel chooses from is replaced by one choice after the other."""
+    seen: list[Any] = []
+    limits = model.limits_of(devices.device_named("h100"))
+
+    def timed() -> float:
+        seen.extend(plan.contract_tiles(128, torch.bfloat16, limits, False))
+        if len(seen) == 2:
+            raise RuntimeError("out of shared memory")
+        return float(len(seen))
+
+    choices = plan.contract_tiles(128, torch.bfloat16, limits, False)
+    assert len(choices) > 2
+    times = kernels._by_choice("contract_tiles", timed)
+    assert list(times) == [str(tile) for tile in choices]
+    assert list(times.values())[:3] == [1.0, None, 3.0]
+    assert plan.contract_tiles(128, torch.bfloat16, limits, False) == choices
+
+
+def test_measured_kernels_stand_beside_predicted_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    size = Size(16384, 2048, (2048,) * 3, torch.bfloat16, "cuda")
+    found = kernels.predictions(size, 128)
+    assert {"assign", "contract", "finish", "exact"} <= set(found)
+    assert all(0 < seconds < 1e-2 for seconds in found.values())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an unknown device")
+    assert kernels.predictions(size, 128) == {}
 
 
 def test_a_cell_that_fails_loses_itself_alone() -> None:
