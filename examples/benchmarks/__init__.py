@@ -16,6 +16,7 @@ else is. Processes that a script starts are given the same path.
 | the gradients themselves, by method | fidelity.py |
 | the time of compiling | compile_time.py |
 | kernels on a GPU, on a CPU | kernels.py, cpu_kernels.py |
+| a model of the times on GPUs that are not at hand | device_model.py |
 | all that is worth measuring in half an hour on a GPU | gpu_session.py |
 | the tables in docs/, from records in docs/benchmarks/ | results.py |
 

@@ -23,13 +23,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 if not __package__:
     # Run by its path; see this package's docstring.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from examples.benchmarks import cli, fidelity, output, partitions, quality, tables
+from examples.benchmarks import (
+    cli,
+    device_model,
+    fidelity,
+    output,
+    partitions,
+    quality,
+    tables,
+)
 from examples.benchmarks.machine import CHECKOUT
 from examples.benchmarks.timing import paired_ratios, quartiles
+from pamm_compile.devices import device_named
+from pamm_compile.methods.pamm.triton import plan
+from pamm_compile.methods.pamm.triton.model import limits_of
 
 RECORDS = CHECKOUT / "docs" / "benchmarks"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<old>.*?)(<!-- end -->)", re.S)
@@ -104,6 +117,32 @@ def _as_written_today(lines: list[str]) -> list[str]:
     return [re.sub(r"`[^`]*`", spell, line) for line in lines]
 
 
+def _compiled() -> list[str]:
+    path = "pamm_compile/methods/pamm/triton/figures.json"
+    records = json.loads((CHECKOUT / path).read_text())["kernels"]
+    known = {(r["kernel"], r["target"], tuple(r["tile"])): r for r in records}
+    rows = []
+    for name in ("a100", "h100"):
+        device = device_named(name)
+        limits = limits_of(device)
+        for k in (16, 64, 128, 256, 512):
+            sort = "sorted" if k == 512 else "contract"
+            ways = {
+                "assign": plan.assign_tiles(k, 2048, torch.bfloat16, limits)[0],
+                sort: plan.contract_tiles(k, torch.bfloat16, limits, k == 512)[0],
+            }
+            for kernel, tile in ways.items():
+                row = known[kernel, device.target, tuple(tile)]
+                cut = f"{tile.rows}×{tile.columns}×{tile.depth}, {tile.warps} warps, "
+                cut += f"{tile.stages} stages"
+                figures = [str(row[what]) for what in ("registers", "spilled", "instructions")]
+                shared, slots = f"{row['shared'] / 1024:.0f}", " ".join(map(str, row["slots"]))
+                rows.append([kernel, device.target, str(k), cut, *figures, shared, slots])
+    header = ["kernel", "target", "k", "tile", "registers", "spilled", "instructions a tile"]
+    return tables.markdown([*header, "shared KiB", "slots"], rows, left=4)
+
+
+H100 = device_named("h100")
 TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
@@ -118,6 +157,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
     "loss-batch": lambda: _losses("quality-batch.jsonl"),
+    "kernels-compiled": _compiled,
+    "device-kernels": lambda: device_model.kernels_table(H100),
+    "device-sites": lambda: device_model.sites_table(H100, device_model.METHODS),
+    "device-steps": lambda: device_model.steps_table(H100, device_model.METHODS),
     "gradients-512": lambda: _as_written_today(
         fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
     ),

@@ -1,0 +1,138 @@
+"""A model of the time on a GPU: every site, and its share of a step. Nothing here is measured.
+
+    python examples/benchmarks/device_model.py
+    python examples/benchmarks/device_model.py --devices h100 mi300x --methods pamm:256 pamm:64
+
+Times follow from data sheets and from what the kernels compile to (pamm_compile.devices,
+pamm_compile/methods/pamm/triton/model.py), bfloat16, 16,384 tokens on a device. A step is taken to
+be its matmuls and attention, forward and backward, at the share of the peak that is assumed of
+matmuls: norms, the optimizer and communication are left out, so that shares of a real step are
+smaller.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from examples.benchmarks import cli, tables
+from examples.benchmarks.models import DEVICE_TOKENS, NAMES, SHAPES, Shape
+from pamm_compile.devices import (
+    MATMUL_SHARE,
+    DeviceFigures,
+    device_named,
+    exact_seconds,
+    site_seconds,
+)
+from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.pamm.triton import model
+from pamm_compile.rules import parse_rules
+
+MODELS = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
+DEVICES = ("a100", "h100", "h200", "mi300x")
+METHODS = ("pamm:1024", "pamm:256", "pamm:128", "pamm:64", "pamm:32")
+GENERATORS = (64, 128, 256, 512)
+_SITES = {"q, k, v": 3, "gate, up": 2, "down": 1}
+
+
+def method_of(text: str) -> Method:
+    """Return the method that a rule's text stands for."""
+    (rule,) = parse_rules(f"linear={text}")
+    assert rule.method is not None
+    return rule.method
+
+
+def sizes(shape: Shape, tokens: int = DEVICE_TOKENS) -> dict[str, Size]:
+    """Return the inputs of one layer whose weight gradients may be approximated."""
+    n, inner = shape.width, shape.inner
+    outputs = {"q, k, v": (n,) * 3, "gate, up": (inner,) * 2, "down": (n,)}
+    return {
+        name: Size(tokens, inner if name == "down" else n, out, torch.bfloat16, "cuda")
+        for name, out in outputs.items()
+    }
+
+
+def step_seconds(shape: Shape, device: DeviceFigures, tokens: int = DEVICE_TOKENS) -> float:
+    """Return the model's time of an exact step: matmuls and attention."""
+    n = shape.width
+    weights = shape.layers * (4 * n * n + 3 * n * shape.inner) + n * shape.vocabulary
+    # Causal: half of the scores; two matmuls forward, five backward.
+    attention = shape.layers * 7 * tokens * shape.sequence * n
+    return (6 * tokens * weights + attention) / (MATMUL_SHARE * device.half)
+
+
+def _by_exact(method: Method, size: Size, device: DeviceFigures) -> str:
+    return f"{site_seconds(method, size, device) / exact_seconds(size, device):.2f}"
+
+
+def sites_table(device: DeviceFigures, methods: Sequence[str]) -> list[str]:
+    """Return the lines of a table: exact microseconds of every site, and what each method takes."""
+    rows = []
+    for name in MODELS:
+        for site, size in sizes(SHAPES[name]).items():
+            exact = exact_seconds(size, device)
+            times = [_by_exact(method_of(text), size, device) for text in methods]
+            rows.append([NAMES[name], site, f"{exact * 1e6:.0f}", *times])
+    return tables.markdown(["model", "input of", "exact, µs", *methods], rows, left=2)
+
+
+def steps_table(device: DeviceFigures, methods: Sequence[str]) -> list[str]:
+    """Return the lines of a table: what share of a step's time is saved, by method and targets."""
+    rows = []
+    for name in MODELS:
+        shape = SHAPES[name]
+        step = step_seconds(shape, device)
+        for targets in (("q, k, v",), tuple(_SITES)):
+            row = [NAMES[name], f"{step * 1e3:.1f}", "all" if len(targets) > 1 else targets[0]]
+            exact = sum(exact_seconds(sizes(shape)[t], device) for t in targets)
+            row.append(f"{100 * shape.layers * exact / step:.1f} %")
+            for text in methods:
+                method = method_of(text)
+                taken = sum(site_seconds(method, sizes(shape)[t], device) for t in targets)
+                row.append(f"{100 * shape.layers * (exact - taken) / step:+.1f} %")
+            rows.append(row)
+    header = ["model", "step, ms", "inputs of", "exact dW", *methods]
+    return tables.markdown(header, rows, left=1)
+
+
+def kernels_table(device: DeviceFigures) -> list[str]:
+    """Return the lines of a table: microseconds of every kernel of two sites, and their bounds."""
+    rows = []
+    for b, n in ((16384, 2048), (131072, 512)):
+        size = Size(b, n, (n,) * 3, torch.bfloat16, "cuda")
+        for k in GENERATORS:
+            times = model.site_times(size, k, device)
+            shown = ", ".join(f"{t.name} {t.seconds * 1e6:.0f} ({t.bound})" for t in times)
+            total = sum(t.seconds for t in times) * 1e6
+            exact = exact_seconds(size, device) * 1e6
+            rows.append([f"{b}×{n}", str(k), shown, f"{total:.0f}", f"{exact:.0f}"])
+    header = ["b×n", "k", "kernels, µs (bound by)", "sum, µs", "exact dW, µs"]
+    return tables.markdown(header, rows, left=3)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--devices", nargs="+", default=list(DEVICES))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="as in rules")
+    args: argparse.Namespace = parser.parse_args(arguments)
+    for name in args.devices:
+        device = device_named(name)
+        print(f"\n## {device.name}: a model, not a measurement\n\n{device.source}\n")
+        print("Kernels of one input of Q, K and V:\n")
+        print("\n".join(kernels_table(device)))
+        print("\nTime of a site by exact dW's:\n")
+        print("\n".join(sites_table(device, args.methods)))
+        print("\nShare of a step: what exact dW takes, and what is saved of the step:\n")
+        print("\n".join(steps_table(device, args.methods)))
+
+
+if __name__ == "__main__":
+    main()
