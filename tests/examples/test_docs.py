@@ -38,6 +38,13 @@ def test_programs_and_tests_exist(page: Path) -> None:
         assert (CHECKOUT / name).exists(), f"{page.name} names {name}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_rooms_exist(page: Path) -> None:
+    rooms = "graph|sites|methods|private|inspect|integrations|decoding"
+    for name in re.findall(rf"`((?:{rooms})/[\w/]*(?:\.py)?)`", page.read_text()):
+        assert (CHECKOUT / "pamm_compile" / name).exists(), f"{page.name} names {name}"
+
+
 def test_the_first_snippet_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
     readme = (CHECKOUT / "README.md").read_text()
     snippet = re.findall(r"^```python\n(.*?)^```$", readme, re.S | re.M)[0]
