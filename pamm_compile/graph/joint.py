@@ -25,7 +25,9 @@ from pamm_compile.graph.vocabulary import (
     GRADIENT_PATH,
     SHAPE_READS,
     TRANSPOSES,
+    is_getitem,
     is_matmul,
+    matmul_extra,
     op_name,
 )
 from pamm_compile.private import aot
@@ -110,6 +112,10 @@ def is_chain_step(node: Node) -> bool:
     return op_name(node) in CHAIN
 
 
+# Weights of one matmul may be several, those of the heads of attention for one.
+_MANY_GRADIENTS = 256
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A parameter as the graph sees it: one placeholder."""
@@ -133,7 +139,9 @@ class JointGraph:
         self.graph = graph
         self.nodes = list(graph.nodes)
         self.output = graph.output_node()
-        self._names = parameter_names
+        self.parameter_names = parameter_names
+        self._readers: dict[Node, tuple[set[Node], set[Node]]] = {}
+        self._terms: dict[Parameter, list[Node]] = {}
 
     @staticmethod
     def is_joint(graph: Graph) -> bool:
@@ -180,8 +188,8 @@ class JointGraph:
         found = {}
         for node in self.graph.find_nodes(op="placeholder"):
             key = aot.input_key(node.meta.get("desc"))
-            if key is not None and key in self._names and _is_tensor(node):
-                found[node] = Parameter(node, self._names[key], self._gradients.get(key))
+            if key is not None and key in self.parameter_names and _is_tensor(node):
+                found[node] = Parameter(node, self.parameter_names[key], self._gradients.get(key))
         return found
 
     @cached_property
@@ -196,19 +204,37 @@ class JointGraph:
         )
 
     @cached_property
-    def _leaf_parameters(self) -> dict[Node, frozenset[Node] | None]:
-        # None: depends on something that is not a parameter.
-        known: dict[Node, frozenset[Node] | None] = {}
-        for node in self.nodes:
-            if node.op == "placeholder":
-                known[node] = frozenset((node,)) if node in self.parameters else None
+    def position(self) -> dict[Node, int]:
+        """The place of every node in the order of execution."""
+        return {node: number for number, node in enumerate(self.nodes)}
+
+    @cached_property
+    def _reached(self) -> dict[Node, frozenset[str] | None]:
+        # None: more gradients than the weights of any one projection.
+        owners: dict[Node, set[str]] = defaultdict(set)
+        for key, node in self._gradients.items():
+            owners[node].add(key)
+        outputs = set(self.output.all_input_nodes)
+        reached: dict[Node, frozenset[str] | None] = {}
+        for node in reversed(self.nodes):
+            if node not in self.backward:
                 continue
-            leaves: frozenset[Node] | None = frozenset()
-            for source in node.all_input_nodes:
-                more = known[source]
-                leaves = None if leaves is None or more is None else leaves | more
-            known[node] = leaves
-        return known
+            found: frozenset[str] | None = frozenset(owners[node])
+            if node in outputs and not found:
+                found = None
+            for user in node.users:
+                if user.op == "output" or found is None:
+                    continue
+                more = reached[user]
+                found = None if more is None else found | more
+            reached[node] = None if found is None or len(found) > _MANY_GRADIENTS else found
+        return reached
+
+    def only_reaches(self, node: Node, parameters: Iterable[Parameter]) -> bool:
+        """Tell whether a backward value enters the gradients of these parameters and no others."""
+        allowed = {aot.input_key(p.node.meta.get("desc")) for p in parameters}
+        reached = self._reached.get(node)
+        return reached is not None and bool(reached) and reached <= allowed
 
     @cached_property
     def _firsts(self) -> dict[Node, Node]:
@@ -245,11 +271,6 @@ class JointGraph:
         chain = chain_of(node)
         return Chain(self._firsts[chain.base], chain.steps)
 
-    def parameters_of(self, node: Node) -> list[Parameter]:
-        """Return the parameters a node is computed from; empty unless from nothing else."""
-        leaves = self._leaf_parameters[node] or frozenset()
-        return [self.parameters[leaf] for leaf in sorted(leaves)]
-
     def gradient_of(self, placeholder: Node) -> Node | None:
         """Return the node that the graph returns as the gradient of an input, if it does."""
         key = aot.input_key(placeholder.meta.get("desc"))
@@ -268,23 +289,56 @@ class JointGraph:
         Returns:
             The matmuls in graph order, wherever on the way slices, casts and sums stand.
         """
-        if parameter.gradient is None:
-            return []
-        found = self.walk_back([parameter.gradient], self._ends_gradient)
-        return sorted(node for node in found if is_matmul(node))
+        return [node for node in self._gradient_terms(parameter) if is_matmul(node)]
 
-    def _ends_gradient(self, node: Node) -> bool:
-        return op_name(node) not in GRADIENT_PATH and not _is_getitem(node)
+    def is_sum_of(self, parameter: Parameter, matmuls: Iterable[Node]) -> bool:
+        """Tell whether a gradient is made of these matmuls and of nothing else."""
+        return not set(self._gradient_terms(parameter)).difference(matmuls)
 
-    def walk_back(self, starts: Iterable[Node], ends: Callable[[Node], bool]) -> Iterator[Node]:
-        """Yield all ancestors of `starts` and these, not going past where `ends` holds."""
+    def _gradient_terms(self, parameter: Parameter) -> list[Node]:
+        if parameter not in self._terms:
+            starts = [] if parameter.gradient is None else [parameter.gradient]
+            found = self.walk_back(starts, lambda _: False, self._gradient_sources)
+            self._terms[parameter] = sorted(node for node in found if _is_term(node))
+        return self._terms[parameter]
+
+    def _gradient_sources(self, node: Node) -> list[Node]:
+        if is_matmul(node):
+            extra = matmul_extra(node)
+            sources = [extra.addend] if extra is not None and extra.addend is not None else []
+        else:
+            sources = [] if _is_term(node) else node.all_input_nodes
+        return [source for source in sources if source in self.backward]
+
+    @cached_property
+    def owners(self) -> dict[Node, Parameter]:
+        """The parameter whose gradient a backward matmul is part of; one of them, if several."""
+        return {
+            node: parameter
+            for parameter in self.parameters.values()
+            for node in self.gradient_matmuls(parameter)
+        }
+
+    def walk_back(
+        self,
+        starts: Iterable[Node],
+        ends: Callable[[Node], bool],
+        sources: Callable[[Node], Iterable[Node]] = lambda node: node.all_input_nodes,
+    ) -> Iterator[Node]:
+        """Yield all ancestors of `starts` and these, not going past where `ends` holds.
+
+        Args:
+            starts: where to begin.
+            ends: tells of a node that its operands are not wanted.
+            sources: the operands to follow; all of them, unless given.
+        """
         stack, seen = list(starts), set(starts)
         while stack:
             node = stack.pop()
             yield node
             if ends(node):
                 continue
-            for source in node.all_input_nodes:
+            for source in sources(node):
                 if source not in seen:
                     seen.add(source)
                     stack.append(source)
@@ -301,7 +355,10 @@ class JointGraph:
             backward: what is computed from their elements for a gradient alone, whether it depends
                 on a tangent or not (the 1 − tanh² of a decomposed tanh does not).
         """
-        closure = set(self._equals[self._firsts[base]])
+        first = self._firsts[base]
+        if first in self._readers:
+            return self._readers[first]
+        closure = set(self._equals[first])
         stack = list(closure)
         backward: set[Node] = set()
         while stack:
@@ -313,7 +370,18 @@ class JointGraph:
                     stack.append(user)
                 elif user in self._only_for_gradients:
                     backward.add(user)
+        self._readers[first] = closure, backward
         return closure, backward
+
+
+def _is_term(node: Node) -> bool:
+    return op_name(node) not in GRADIENT_PATH and not is_getitem(node)
+
+
+def shape_of(node: Node) -> tuple[Any, ...] | None:
+    """Return the shape of a tensor, comparable without a guard; None for anything else."""
+    val = value(node)
+    return tuple(map(aot.size_key, val.shape)) if isinstance(val, torch.Tensor) else None
 
 
 def _is_tensor(node: Node) -> bool:
@@ -324,10 +392,6 @@ def _is_pure_call(node: Node) -> bool:
     """Tell whether a call returns the same whenever its arguments are the same."""
     target = node.target
     if not isinstance(target, aot.OpOverload):
-        return _is_getitem(node)
+        return is_getitem(node)
     random = torch.Tag.nondeterministic_seeded in target.tags
     return not (random or node.is_impure() or "empty" in op_name(node))
-
-
-def _is_getitem(node: Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import sympy
 import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -184,6 +185,14 @@ def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dim() == b.dim() and all(
         guarded(m == n) is True for m, n in zip(a.shape, b.shape, strict=True)
     )
+
+
+def size_key(size: int | torch.SymInt) -> Any:
+    """Return a size as a number or a symbolic expression, to compare and multiply unguarded."""
+    if isinstance(size, int):
+        return size
+    # The length of a ragged dimension has no expression.
+    return getattr(size.node, "expr", None) or sympy.Symbol(str(size))
 
 
 def is_recomputed(policy: object) -> bool:

@@ -15,9 +15,9 @@ from pamm_compile.graph.joint import JointGraph
 from pamm_compile.methods.base import Method, Size
 from pamm_compile.rules import Rules
 from pamm_compile.sites.cost import size_of
-from pamm_compile.sites.projections import Projection, Projections, Site
+from pamm_compile.sites.projections import Projection, Site, group
 from pamm_compile.sites.reasons import Decline, Reason
-from pamm_compile.sites.targets import find_projections
+from pamm_compile.sites.targets import Match, classify, holds
 
 
 @dataclass(frozen=True)
@@ -50,42 +50,70 @@ def choose(joint: JointGraph, rules: Rules, *, siblings: bool) -> Choice:
     Returns:
         The candidates, and what rules or the search leave exact.
     """
+    match = classify(joint)
     chosen: dict[Node, tuple[Projection, Method | None]] = {}
     declines: list[Decline] = []
     for rule in rules:
-        found = find_projections(joint, rule.target)
-        for projection in found.projections:
-            chosen.setdefault(projection.node, (projection, rule.method))
-        declines += [decline for decline in found.declines if decline not in declines]
+        for projection in match.projections:
+            if holds(rule.target, projection):
+                chosen.setdefault(projection.node, (projection, rule.method))
+        found = match.declines_of(rule.target)
+        declines += [decline for decline in found if decline not in declines]
     if siblings:
-        for node, both in _siblings(joint, chosen):
+        for node, both in _siblings(joint, match, chosen):
             chosen.setdefault(node, both)
     exact = [projection for projection, method in chosen.values() if method is None]
     declines += [Decline(Reason.EXACT_BY_RULE, projection.name) for projection in exact]
-    return Choice(_candidates(joint, chosen), [(None, decline) for decline in declines])
+    return Choice(
+        _candidates(joint, chosen),
+        [*_unclear(joint, match, rules, chosen), *((None, decline) for decline in declines)],
+    )
 
 
 def _siblings(
-    joint: JointGraph, chosen: dict[Node, tuple[Projection, Method | None]]
+    joint: JointGraph, match: Match, chosen: dict[Node, tuple[Projection, Method | None]]
 ) -> Iterator[tuple[Node, tuple[Projection, Method | None]]]:
-    for site in Projections(joint).sites(find_projections(joint, "linear").projections):
+    for site in group(joint, match.projections):
         methods = [chosen[p.node][1] for p in site.projections if p.node in chosen]
         method = next((each for each in methods if each is not None), None)
         if method is not None:
             yield from ((p.node, (p, method)) for p in site.projections if p.node not in chosen)
 
 
+def _unclear(
+    joint: JointGraph,
+    match: Match,
+    rules: Rules,
+    chosen: dict[Node, tuple[Projection, Method | None]],
+) -> Iterator[tuple[Candidate, Decline]]:
+    """Yield what may be meant by a named target, as far as the graph tells, and is not chosen."""
+    method = next((r.method for r in rules if isinstance(r.target, str) and r.method), None)
+    if method is None:
+        return
+    unclear = (p for p in match.projections if p.unclear is not None and p.node not in chosen)
+    for site in group(joint, unclear):
+        details = dict.fromkeys(p.unclear for p in site.projections if p.unclear is not None)
+        decline = Decline(Reason.UNCLEAR_TARGET, site.name, ", ".join(details))
+        yield Candidate(site, method, size_of(site)), decline
+
+
 def _candidates(
     joint: JointGraph, chosen: dict[Node, tuple[Projection, Method | None]]
 ) -> list[Candidate]:
     candidates = []
-    for site in Projections(joint).sites(projection for projection, _ in chosen.values()):
+    for site in group(joint, (projection for projection, _ in chosen.values())):
         # Equal methods are one, wherever the rules name them.
         methods = {chosen[p.node][1] for p in site.projections}
         for method in sorted(methods - {None}, key=repr):
             assert method is not None
-            own = _part(site, {p.node for p in site.projections if chosen[p.node][1] == method})
-            candidates.append(Candidate(own, method, size_of(own)))
+            named = [p for p in site.projections if chosen[p.node][1] == method]
+            # What cannot be compressed has a reason of its own.
+            for reason in dict.fromkeys(p.reason for p in named if p.is_trained):
+                own = _part(site, {p.node for p in named if p.reason is reason})
+                candidates.append(Candidate(own, method, size_of(own)))
+            if not any(p.is_trained for p in named):
+                own = _part(site, {p.node for p in named})
+                candidates.append(Candidate(own, method, size_of(own)))
     return candidates
 
 

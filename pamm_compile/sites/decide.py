@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch.fx import Node
@@ -81,8 +80,10 @@ class _Judge:
             blocked = [(each, readers) for each, readers in read if readers]
             if self._options.goal == "speed" or not blocked:
                 break
+            # Comparing candidates by what they hold would take the square of their number.
+            dropped = {id(candidate) for candidate, _ in blocked}
+            candidates = [each for each in candidates if id(each) not in dropped]
             for candidate, readers in blocked:
-                candidates.remove(candidate)
                 by = self._describe(readers)
                 decline = Decline(Reason.SHARED_INPUT, candidate.site.name, by)
                 declines.append((candidate, decline))
@@ -96,20 +97,18 @@ class _Judge:
 
     def _own_reason(self, candidate: Candidate) -> tuple[Reason, str] | None:
         site = candidate.site
-        trained = [p for p in site.projections if any(w.gradient is not None for w in p.parameters)]
+        trained = [p for p in site.projections if p.is_trained]
         if not trained:
             return Reason.NO_WEIGHT_GRAD, ""
+        if trained[0].reason is not None:
+            # Open projections and others are candidates of their own.
+            details = dict.fromkeys(p.detail for p in trained if p.detail)
+            return trained[0].reason, ", ".join(details)
         val = value(site.input)
         if any(aot.size_hint(size) is None for size in val.shape):
             return Reason.UNKNOWN_TOKENS, ""
-        if all(p.narrow_of is not None for p in trained):
-            factors = dict.fromkeys(p.narrow_of.name for p in trained if p.narrow_of is not None)
-            return Reason.NARROW_INPUT, "output of " + ", ".join(factors)
-        # By parameter: projections that share one have their gradients listed under the first.
-        covered = {w.node for g in site.gradients for w in g.projection.parameters}
-        missing = [p.name for p in trained if covered.isdisjoint(w.node for w in p.parameters)]
-        if missing or not _is_matrix(val):
-            return Reason.UNSUPPORTED_LAYOUT, ", ".join(missing)
+        if not _is_matrix(val):
+            return Reason.UNSUPPORTED_LAYOUT, ""
         closure, _ = self._joint.readers(site.chain.base)
         if any(aot.is_recomputed(node.meta.get("recompute")) for node in closure):
             return Reason.RECOMPUTED, ""
@@ -139,17 +138,10 @@ class _Judge:
         _, backward = self._joint.readers(candidate.site.chain.base)
         return sorted(backward - replaced)
 
-    @cached_property
-    def _owners(self) -> dict[Node, str]:
-        return {
-            node: parameter.name
-            for parameter in self._joint.parameters.values()
-            for node in self._joint.gradient_matmuls(parameter)
-        }
-
     def _describe(self, readers: Iterable[Node]) -> str:
         """Name the readers of an input: by the weight whose gradient they make, or by operator."""
-        names = (self._owners.get(node, op_name(node)) for node in readers)
+        owners = self._joint.owners
+        names = (owners[node].name if node in owners else op_name(node) for node in readers)
         return ", ".join(dict.fromkeys(names))
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch.fx import Node
 
 from pamm_compile.graph.joint import (
@@ -20,18 +20,13 @@ from pamm_compile.graph.joint import (
     strip_transposes,
     value,
 )
-from pamm_compile.graph.vocabulary import (
-    ACTIVATION_SUMS,
-    is_attention,
-    is_convolution,
-    is_embedding,
-    is_matmul,
-    op_name,
-)
+from pamm_compile.graph.operands import Factors
+from pamm_compile.graph.vocabulary import Extra, is_matmul, matmul_extra
 from pamm_compile.private import aot
+from pamm_compile.sites.reasons import Reason
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Projection:
     """A matmul of an activation with parameters, in the forward pass."""
 
@@ -39,13 +34,28 @@ class Projection:
     input: Node
     """The factor that is an activation, as the matmul reads it."""
     parameters: tuple[Parameter, ...]
-    narrow_of: Projection | None = None
-    """The narrow projection whose output this one reads (LoRA's B reads A's), if any."""
+    targets: frozenset[str] = frozenset()
+    """The named targets it belongs to: of "qkv", "attention", "mlp", "head", "linear"."""
+    reason: Reason | None = None
+    """Why it stays exact whatever is wanted; None if nothing speaks against it."""
+    detail: str = ""
+    unclear: str | None = None
+    """Why the graph does not tell which of the named targets it belongs to; None if it does."""
 
     @property
     def name(self) -> str:
         """The parameters' names, joined."""
         return " + ".join(p.name for p in self.parameters)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether any of its parameters has a gradient."""
+        return any(p.gradient is not None for p in self.parameters)
+
+    def decline(self, reason: Reason, detail: str = "") -> None:
+        """Give a reason for staying exact, unless there is one already."""
+        if self.reason is None:
+            self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,8 @@ class WeightGradient:
     """The factor that is not X: [m, b] (so dZᵀ), or [b, m] where `transposed`."""
     transposed: bool
     projection: Projection
+    extra: Extra = field(default_factory=Extra)
+    """What the matmul computes beside the product."""
 
 
 @dataclass
@@ -72,109 +84,88 @@ class Site:
     @property
     def name(self) -> str:
         """The names of all parameters, in the order the forward pass uses them."""
-        return ", ".join(p.name for p in self.projections)
+        return ", ".join(dict.fromkeys(p.name for p in self.projections))
 
 
-def ends_projection(node: Node) -> bool:
-    """Tell whether a search back from attention goes no further than a node."""
-    return is_matmul(node) or is_convolution(node) or is_embedding(node) or is_attention(node)
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a projection, numbers or symbolic expressions."""
+
+    rows: Any
+    """Of the activation, those of a batch together."""
+    features: Any
+    """What the matmul sums over."""
+    outputs: Any
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight; 0 where they are symbolic."""
+        known = isinstance(self.features, int) and isinstance(self.outputs, int)
+        return self.features * self.outputs if known else 0
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether the output has half as many features as the input, or fewer."""
+        known = isinstance(self.features, int) and isinstance(self.outputs, int)
+        return known and 2 * self.outputs <= self.features
 
 
-class Projections:
-    """Tells what is a projection in a joint graph, and groups projections into sites.
+def sizes_of(node: Node, factors: Factors) -> Sizes:
+    """Return the sizes of a matmul of an activation with a weight."""
+    left, _ = matmul_operands(node)
+    *batch, rows, features = map(aot.size_key, value(factors.activation).shape)
+    *_, outputs = map(aot.size_key, value(node).shape)
+    if factors.activation is not left:
+        rows, features = features, rows
+        outputs = aot.size_key(value(node).shape[-2])
+    for size in batch:
+        rows = rows * size
+    return Sizes(rows, features, outputs)
+
+
+def group(
+    joint: JointGraph, projections: Iterable[Projection], *, every: bool = False
+) -> list[Site]:
+    """Group projections that read one input, in graph order, with their weight gradients.
 
     Args:
-        joint: the graph to read.
+        joint: the graph.
+        projections: any of its projections.
+        every: whether the weight gradients of projections with a reason to stay exact are wanted
+            too.
+
+    Returns:
+        One site for each chain.
     """
+    sites: dict[Chain, Site] = {}
+    for projection in sorted(projections, key=lambda p: p.node):
+        stripped, _ = strip_transposes(projection.input)
+        chain = joint.chain_of(stripped)
+        sites.setdefault(chain, Site(chain, stripped)).projections.append(projection)
+    for site in sites.values():
+        site.gradients = _weight_gradients(joint, site, every)
+    return list(sites.values())
 
-    def __init__(self, joint: JointGraph) -> None:
-        self.joint = joint
 
-    def operands(self, node: Node) -> tuple[Node, list[Parameter]] | None:
-        """Return the activation and the parameters that a matmul multiplies, if it does."""
+def _weight_gradients(joint: JointGraph, site: Site, every: bool) -> list[WeightGradient]:
+    trained = [p for p in site.projections if p.is_trained and (every or p.reason is None)]
+    if not trained:
+        return []
+    closure, readers = joint.readers(site.chain.base)
+    found = []
+    for node in sorted(n for n in readers if is_matmul(n)):
+        extra = matmul_extra(node)
         left, right = matmul_operands(node)
-        for activation, weight in ((left, right), (right, left)):
-            parameters = self.joint.parameters_of(weight)
-            if parameters and not self.joint.parameters_of(activation):
-                return activation, parameters
-        return None
-
-    def projection(self, node: Node) -> Projection | None:
-        """Return a matmul as a projection, if it is one of an activation with parameters."""
-        operands = self.operands(node)
-        if operands is None:
-            return None
-        activation, parameters = operands
-        return Projection(node, activation, tuple(parameters), self._narrow(activation))
-
-    def _narrow(self, activation: Node) -> Projection | None:
-        """Return the projection whose narrow output an activation is, if it is a low-rank factor.
-
-        x ── A (n → r) ── B                    a factor, as in LoRA
-        x ── A (n → r) ─┬─ norm ── B ── … ─ add     the stream itself, as behind a
-                        └───────────────────┘       projection of patches
-        """
-        for node in self.joint.walk_back([activation], self._ends_narrow):
-            if not is_matmul(node):
+        for factor, other, is_left in ((left, right, True), (right, left, False)):
+            stripped, odd = strip_transposes(factor)
+            # Xᵀ on the left or X on the right; else the sum is not over tokens. And with X on
+            # both sides, X would be read all the same.
+            if odd != is_left or joint.chain_of(stripped) != site.chain or other in closure:
                 continue
-            operands = self.operands(node)
-            if operands is None:
-                continue
-            wide, narrow = value(operands[0]).shape[-1], value(node).shape[-1]
-            is_narrow = aot.guarded(2 * narrow <= wide) is True
-            if is_narrow and not self._is_residual_stream(node):
-                return Projection(node, operands[0], tuple(operands[1]))
-        return None
-
-    def _ends_narrow(self, node: Node) -> bool:
-        if ends_projection(node):
-            return True
-        if op_name(node) not in ACTIVATION_SUMS:
-            return False
-        full = [n for n in node.all_input_nodes if _spans(n, node)]
-        return len(full) > 1
-
-    def _is_residual_stream(self, node: Node) -> bool:
-        """Tell whether something behind a matmul or attention is added to a node's elements."""
-        own, stack = {node}, [node]
-        while stack:
-            for user in stack.pop().users:
-                ends = user in self.joint.backward or ends_projection(user)
-                if user not in own and user.op != "output" and not ends:
-                    own.add(user)
-                    stack.append(user)
-        return any(
-            op_name(total) in ACTIVATION_SUMS
-            and any(n not in own and _spans(n, total) for n in total.all_input_nodes)
-            for total in own
-        )
-
-    def sites(self, projections: Iterable[Projection]) -> list[Site]:
-        """Group projections that read one input, in graph order, with their weight gradients."""
-        sites: dict[Chain, Site] = {}
-        for projection in sorted(projections, key=lambda p: p.node):
-            stripped, _ = strip_transposes(projection.input)
-            chain = self.joint.chain_of(stripped)
-            site = sites.setdefault(chain, Site(chain, stripped))
-            site.projections.append(projection)
-            for gradient in self._weight_gradients(projection, site.chain):
-                if all(gradient.node is not g.node for g in site.gradients):
-                    site.gradients.append(gradient)
-        return list(sites.values())
-
-    def _weight_gradients(self, projection: Projection, chain: Chain) -> list[WeightGradient]:
-        found = []
-        for parameter in projection.parameters:
-            for node in self.joint.gradient_matmuls(parameter):
-                left, right = matmul_operands(node)
-                for factor, other, is_left in ((left, right, True), (right, left, False)):
-                    stripped, odd = strip_transposes(factor)
-                    # Xᵀ on the left or X on the right; else the sum is not over tokens.
-                    if odd == is_left and self.joint.chain_of(stripped) == chain:
-                        found.append(WeightGradient(node, other, is_left, projection))
-        return found
-
-
-def _spans(operand: Node, result: Node) -> bool:
-    a, b = value(operand), value(result)
-    return isinstance(a, torch.Tensor) and aot.same_shape(a, b)
+            owner = next((p for p in trained if joint.only_reaches(node, p.parameters)), None)
+            if owner is not None and extra is not None:
+                found.append(WeightGradient(node, other, is_left, owner, extra))
+                break
+    # In the order of the projections, whatever that of the backward pass.
+    order = {p: number for number, p in enumerate(site.projections)}
+    return sorted(found, key=lambda g: order[g.projection])

@@ -25,6 +25,10 @@ class Reason(enum.Enum):
     OWN_GRADIENTS = "the graph computes gradients itself, and is left alone"
     AMBIGUOUS_NAME = "one graph runs for all modules of a class, which no pattern tells apart"
     UNSUPPORTED_LAYOUT = "the weight gradient is not a plain matmul over all tokens"
+    NOT_OVER_TOKENS = "the weight mixes heads or tokens of a projection's output"
+    LEARNED_INPUT = "the input is computed from parameters alone"
+    COMPUTED_WEIGHT = "the weight is computed from activations, whose gradients would change too"
+    UNCLEAR_TARGET = "the graph does not tell which target the projection belongs to"
 
     def __str__(self) -> str:
         return self.value

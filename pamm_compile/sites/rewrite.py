@@ -7,7 +7,8 @@ backward:  stored, [dQ, dK, dV] ── method.weight_gradients ── dWq, dWk, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.fx import Graph, Node
 
 from pamm_compile.graph.insert import BACKWARD, FORWARD, Inserter, replace_node
 from pamm_compile.graph.joint import strip_transposes, value
+from pamm_compile.graph.vocabulary import Extra
 from pamm_compile.methods import fingerprint
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import content_seed
@@ -40,6 +42,31 @@ def rewrite(graph: Graph, plans: Sequence[Plan], salt: int) -> None:
         # dW now needs dQ, dK and dV together: users of the first wait for the last.
         aot.stable_topological_sort(graph)
         graph.lint()
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What a weight gradient's matmul computes beside its product: alpha · product + beta · addend.
+
+    Without the addend's node, so that equal ones compare equal.
+    """
+
+    alpha: float
+    beta: float
+    has_addend: bool
+
+    @classmethod
+    def of(cls, extra: Extra) -> Addition:
+        """Return that of a matmul."""
+        return cls(extra.alpha, extra.beta, extra.addend is not None)
+
+    def apply(self, product: Tensor, addends: Iterator[Tensor]) -> Tensor:
+        """Return the whole, taking the next addend if there is one."""
+        result = product if self.alpha == 1 else product * self.alpha
+        if not self.has_addend:
+            return result
+        addend = next(addends)
+        return result + (addend if self.beta == 1 else addend * self.beta).to(result.dtype)
 
 
 class _Rewriter:
@@ -81,11 +108,13 @@ class _Rewriter:
         grads, flips = zip(*(_output_gradient(g) for g in gradients), strict=True)
         vals = [value(g.node) for g in gradients]
         transposed = tuple(g.transposed for g in gradients)
-        function = _replacement(method, len(stored), flips, transposed, vals)
+        extras = tuple(Addition.of(g.extra) for g in gradients)
+        addends = [g.extra.addend for g in gradients if g.extra.addend is not None]
+        function = _replacement(method, len(stored), flips, transposed, vals, extras)
         shapes = tuple((str(v.shape), v.dtype) for v in vals)
-        key = ("gradients", fingerprint(method), flips, transposed, len(stored), shapes)
+        key = ("gradients", fingerprint(method), flips, transposed, len(stored), shapes, extras)
         last = max(gradients, key=lambda g: g.node).node
-        new, _ = self._inserter.insert(last, function, [*stored, *grads], BACKWARD, key)
+        new, _ = self._inserter.insert(last, function, [*stored, *grads, *addends], BACKWARD, key)
         for gradient, node in zip(gradients, new, strict=True):
             replace_node(self._graph, gradient.node, node)
 
@@ -96,15 +125,18 @@ def _replacement(
     flips: Sequence[bool],
     transposed: Sequence[bool],
     vals: Sequence[Tensor],
+    extras: Sequence[Addition],
 ) -> Callable[..., list[Tensor]]:
     def replacement(*tensors: Tensor) -> list[Tensor]:
-        stored, dz = tensors[:kept], tensors[kept:]
+        stored, dz = tensors[:kept], tensors[kept : kept + len(flips)]
+        addends = iter(tensors[kept + len(flips) :])
         results = method.weight_gradients(
             stored,
             [_matrix(z).t() if flip else _matrix(z) for z, flip in zip(dz, flips, strict=True)],
             transposed,
         )
-        return [r.to(v.dtype).reshape(v.shape) for r, v in zip(results, vals, strict=True)]
+        products = [r.to(v.dtype).reshape(v.shape) for r, v in zip(results, vals, strict=True)]
+        return [extra.apply(r, addends) for r, extra in zip(products, extras, strict=True)]
 
     return replacement
 

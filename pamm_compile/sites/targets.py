@@ -1,118 +1,72 @@
-"""Which projections of a joint graph are wanted: targets → projections → sites.
+"""Which projections of a joint graph a target holds.
 
     X ─┬─ mm(X, Wqᵀ) ── view ── rotary ──┐
-       ├─ mm(X, Wkᵀ) ── view ── rotary ──┤ attention          ← anchor
+       ├─ mm(X, Wkᵀ) ── view ── rotary ──┤ attention ── mm(…, Woᵀ) ── (+)
        └─ mm(X, Wvᵀ) ── view ────────────┘
-       └ the site: one compressed input, shared by three projections
+       └ a site: one compressed input, shared by three projections
 
-From the queries, keys and values of attention we walk back to the matmuls with parameters. Nothing
-here changes the graph.
+Every matmul of an activation with a parameter is a projection, and every projection is told which
+named targets it belongs to, or why the graph does not say: nothing is left out by construction.
+Nothing here changes the graph.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch.fx import Node
-
 from pamm_compile.graph.joint import JointGraph
-from pamm_compile.graph.vocabulary import is_convolution, is_matmul, op_name
 from pamm_compile.rules import Target
-from pamm_compile.sites.anchors import attention_operands
-from pamm_compile.sites.projections import Projection, Projections, ends_projection
+from pamm_compile.sites.projections import Projection
 from pamm_compile.sites.reasons import Decline, Reason
+from pamm_compile.sites.roles import Roles, Unmatched
 
 
-@dataclass
-class Found:
-    """The projections that a target holds, and what was declined already while looking."""
+@dataclass(frozen=True)
+class Match:
+    """Everything found in one joint graph."""
 
     projections: list[Projection]
-    declines: list[Decline]
+    """Every projection, in graph order, with the named targets it belongs to."""
+    unmatched: list[Unmatched]
+    """Weights of operators that are not read as matmuls."""
+    notes: list[Decline]
+    """What is to be said of the attention in the graph."""
+
+    def declines_of(self, target: Target) -> list[Decline]:
+        """Return what a target holds that is no projection, and what is to be said of it."""
+        found = [each.decline for each in self.unmatched if holds(target, each)]
+        if target in ("qkv", "attention"):
+            found = [*self.notes, *found]
+        if not found and not any(holds(target, each) for each in self.projections):
+            found = [Decline(Reason.NOT_A_PROJECTION, "targets", "no matmul matches")]
+        return found
 
 
-def find_projections(joint: JointGraph, target: Target) -> Found:
-    """Find the projections of a joint graph that a target holds.
+def classify(joint: JointGraph) -> Match:
+    """Find every projection of a joint graph and tell what it is for.
 
     Args:
         joint: the graph to read.
-        target: "qkv" for the projections that feed attention; "linear" for every matmul of an
-            activation with a parameter; a regular expression for those of them whose parameter
-            names it matches.
 
     Returns:
-        The projections in graph order.
+        The projections with their named targets and, of those that stay exact whatever is wanted,
+        the reason.
     """
-    finder = _Finder(joint)
-    if target == "qkv":
-        finder.search_attention()
-    else:
-        finder.search_linear(target if isinstance(target, re.Pattern) else None)
-    return Found(finder.projections(), finder.declines)
+    roles = Roles(joint)
+    return Match(roles.projections, roles.unmatched, roles.notes)
 
 
-class _Finder:
-    def __init__(self, joint: JointGraph) -> None:
-        self.joint = joint
-        self.declines: list[Decline] = []
-        self._found = Projections(joint)
-        self._projections: dict[Node, Projection] = {}
+def holds(target: Target, found: Projection | Unmatched) -> bool:
+    """Tell whether a target holds a projection.
 
-    def projections(self) -> list[Projection]:
-        return sorted(self._projections.values(), key=lambda p: p.node)
-
-    # Anchors ---------------------------------------------------------------------------------
-
-    def search_attention(self) -> None:
-        anchors = 0
-        for node in self.joint.nodes:
-            if node in self.joint.backward:
-                continue
-            operands = attention_operands(self._found, node)
-            if operands:
-                anchors += 1
-                self._collect(operands)
-        if not anchors:
-            self.declines.append(Decline(Reason.NO_ATTENTION, "attention"))
-
-    # Projections -----------------------------------------------------------------------------
-
-    def search_linear(self, pattern: re.Pattern[str] | None) -> None:
-        for node in self.joint.nodes:
-            if node in self.joint.backward or not is_matmul(node):
-                continue
-            projection = self._found.projection(node)
-            if projection is None:
-                continue
-            if pattern is None or any(pattern.search(p.name) for p in projection.parameters):
-                self._projections[node] = projection
-        if not self._projections:
-            self.declines.append(Decline(Reason.NOT_A_PROJECTION, "targets", "no matmul matches"))
-
-    def _collect(self, operands: Iterable[Node]) -> None:
-        for node in self.joint.walk_back(operands, ends_projection):
-            if is_matmul(node):
-                projection = self._found.projection(node)
-                if projection is not None:
-                    self._add(projection)
-            elif is_convolution(node):
-                self._decline_once(Reason.NOT_A_PROJECTION, op_name(node))
-            elif node.op == "placeholder" and self._is_activation_input(node):
-                detail = f"graph input {node.name}"
-                self._decline_once(Reason.PROJECTION_IN_ANOTHER_GRAPH, "attention", detail)
-
-    def _add(self, projection: Projection) -> None:
-        self._projections[projection.node] = projection
-        if projection.narrow_of is not None:
-            self._add(projection.narrow_of)
-
-    def _decline_once(self, reason: Reason, what: str, detail: str = "") -> None:
-        decline = Decline(reason, what, detail)
-        if decline not in self.declines:
-            self.declines.append(decline)
-
-    def _is_activation_input(self, node: Node) -> bool:
-        # Rotary tables and masks may be inputs too, but nothing differentiates them.
-        return node not in self.joint.parameters and self.joint.gradient_of(node) is not None
+    Args:
+        target: a named target: "qkv" for the projections that feed attention, "attention" for
+            these and the output projection, "mlp" for feed-forward layers and the experts of a
+            mixture, "head" for what makes the output, "linear" for every matmul of an activation
+            with a parameter; or a regular expression for those whose parameter names it matches.
+        found: what was found in a graph.
+    """
+    if isinstance(target, re.Pattern):
+        return any(target.search(parameter.name) for parameter in found.parameters)
+    return target in found.targets

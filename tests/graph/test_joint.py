@@ -16,6 +16,7 @@ from pamm_compile.graph.joint import (
     matmul_operands,
     strip_transposes,
 )
+from pamm_compile.graph.operands import Operands
 from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.names import names_of
 from pamm_compile.private import aot
@@ -126,12 +127,13 @@ def test_parameters_are_paired_with_their_gradients() -> None:
 def test_the_input_of_a_layer_is_read_by_its_own_weight_gradient() -> None:
     joint = _joint(_Model(), torch.randn(5, 4))
     second = next(p for p in joint.parameters.values() if p.name == "second.weight")
+    operands = Operands(joint)
     forward = next(
         node
         for node in joint.nodes
         if op_name(node) == "aten::mm"
         and node not in joint.backward
-        and joint.parameters_of(matmul_operands(node)[1]) == [second]
+        and operands.parameters(matmul_operands(node)[1]) == (second,)
     )
     _, readers = joint.readers(chain_of(matmul_operands(forward)[0]).base)
     assert set(joint.gradient_matmuls(second)) <= readers

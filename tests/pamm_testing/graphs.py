@@ -12,13 +12,17 @@ import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from pamm_compile.driver import make_pipeline
+from pamm_compile.driver import Mode, compile_graph, make_pipeline, visit
 from pamm_compile.graph.joint import JointGraph
+from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.names import names_of
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport
+from pamm_compile.sites.compress import CompressInputs
+from pamm_compile.sites.decide import Decision
+from pamm_compile.sites.targets import Match, classify, holds
 
 
 @dataclass
@@ -163,6 +167,22 @@ def memory_budget(budget: float) -> Iterator[None]:
         yield
 
 
+class Both:
+    """A Dynamo backend that compiles exactly and with ours, and runs what it is set to.
+
+    Dynamo, which takes most of the time, traces a model once for the two.
+    """
+
+    def __init__(self, ours: Callable[..., Any]) -> None:
+        self.ours = ours
+        self.exact = True
+
+    def __call__(self, gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        exact = compile_graph(gm, inputs, None, base="aot_eager")
+        ours = self.ours(gm, inputs)
+        return lambda *given: (exact if self.exact else ours)(*given)
+
+
 @dataclass
 class Run:
     """The loss and gradients of one step."""
@@ -188,6 +208,58 @@ def step(
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return Run(loss.detach().clone(), grads)
+
+
+@dataclass
+class Look:
+    """What was found in the graph of a model, nothing rewritten."""
+
+    joint: JointGraph
+    match: Match
+    decision: Decision
+
+    @property
+    def compressed(self) -> set[str]:
+        """Names of the weights whose gradients would be approximated."""
+        return {g.projection.name for plan in self.decision.accepted for g in plan.site.gradients}
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """The reason by weight, and by what a decline is about where it concerns no site."""
+        found = {}
+        for candidate, decline in self.decision.declines:
+            if candidate is None:
+                found |= dict.fromkeys(decline.what.split(", "), decline.reason.name)
+            else:
+                weights = (w for p in candidate.site.projections for w in p.parameters)
+                found |= {w.name: decline.reason.name for w in weights}
+        return found
+
+    def held(self, target: str) -> set[str]:
+        """Names of the weights that a named target holds."""
+        held = (p for p in self.match.projections if holds(target, p))
+        return {w.name for p in held for w in p.parameters}
+
+
+def look(model: nn.Module, batch: dict[str, Any], rules: str = "qkv=pamm:4") -> Look:
+    """Call a model once, and look at its joint graph as Inductor gets it."""
+    options, found = Options(rules=rules, min_tokens=1), []
+
+    class Looking:
+        name = fingerprint = "look"
+
+        def __call__(self, joint: JointGraph, *, apply: bool) -> GraphReport:
+            decision = CompressInputs(options).decide(joint)
+            found.append(Look(joint, classify(joint), decision))
+            return GraphReport()
+
+    def compile_one(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Any:
+        pipeline = Pipeline([Looking()], names, apply=False)
+        return compile_graph(gm, inputs, pipeline, mode=Mode.LOOK)
+
+    visit(model, lambda compiled: compiled(**batch), compile_one)
+    # Where Dynamo breaks a model into graphs, the one with its layers.
+    return max(found, key=lambda each: len(each.match.projections))
 
 
 def operators(graph: Graph) -> list[str]:

@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 
 from pamm_compile.driver import make_pipeline
 from pamm_compile.options import Options
+from pamm_compile.report import GraphReport
 from pamm_compile.sites.reasons import Reason
 from pamm_testing.fuzz.blocks import Model, build, inputs
 from pamm_testing.fuzz.expected import expect
@@ -94,7 +95,7 @@ def options_of(spec: Spec) -> Options:
     targets: Any = spec.targets
     return make_options(
         ratio=spec.ratio, epsilon=spec.epsilon, sampling=spec.sampling,  # type: ignore[arg-type]
-        min_generators=spec.min_generators, min_tokens=spec.min_tokens, seed=spec.seed,
+        min_generators=spec.min_generators, min_tokens=spec.min_tokens, seed=spec.seed, goal="any",
         targets=targets if targets in ("qkv", "linear") else re.compile(targets),
     )  # fmt: skip
 
@@ -312,6 +313,7 @@ def _check_report(spec: Spec, model: Model, captured: Captured) -> None:
         for site in report.sites
         for name in site.parameters
     }
+    _check_nothing_silent(spec, model, report)
     expected = expect(spec, model)
     if expected is not None:
         # A frozen weight that reads its input through views of its own is a site of its own.
@@ -332,3 +334,17 @@ def _check_report(spec: Spec, model: Model, captured: Captured) -> None:
                 weights = [p for n, p in module.named_parameters() if "bias" not in n]
                 missing = {names[id(p)] for p in weights if p.requires_grad} - got.keys()
                 assert not missing, "a matmul was overlooked"
+
+
+def _check_nothing_silent(spec: Spec, model: Model, report: GraphReport) -> None:
+    """Every trained weight that feeds attention is listed, whatever the block looks like."""
+    if spec.targets != "qkv" or spec.has_products_of_elements:
+        return
+    listed = {name for site in report.sites for name in site.parameters}
+    listed |= {name for note in report.notes for name in note.what.split(", ")}
+    wanted = {
+        name
+        for name, parameter in model.named_parameters()
+        if ".project." in name and "bias" not in name and parameter.requires_grad
+    }
+    assert wanted <= listed, f"silent: {sorted(wanted - listed)}"
