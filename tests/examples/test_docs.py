@@ -9,6 +9,7 @@ import pytest
 import torch
 from pamm_testing.programs import CHECKOUT
 
+import pamm_compile
 from examples.benchmarks import results
 
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *(CHECKOUT / "docs").glob("*.md")]
@@ -43,6 +44,11 @@ def test_rooms_exist(page: Path) -> None:
     rooms = "graph|sites|methods|private|inspect|integrations|decoding"
     for name in re.findall(rf"`((?:{rooms})/[\w/]*(?:\.py)?)`", page.read_text()):
         assert (CHECKOUT / "pamm_compile" / name).exists(), f"{page.name} names {name}"
+
+
+def test_every_reason_is_explained() -> None:
+    page = (CHECKOUT / "docs" / "limitations.md").read_text()
+    assert [reason.name for reason in pamm_compile.Reason if f"`{reason.name}`" not in page] == []
 
 
 def test_the_first_snippet_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:
