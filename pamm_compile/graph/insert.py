@@ -16,7 +16,9 @@ from pamm_compile.graph.joint import value
 from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.private import aot
 
-FORWARD, BACKWARD = "is_forward", "is_backward"
+# Not "is_backward": what only reads saved tensors could then run in the forward pass, and where a
+# matmul reads it the partitioner saves it in place of them, at its full size.
+FORWARD, BACKWARD = "is_forward", "must_be_in_backward"
 """The partitioner's tags for the two phases."""
 
 _TRANSPOSES = ("aten::t", "aten::permute", "aten::transpose")

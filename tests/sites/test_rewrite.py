@@ -13,6 +13,8 @@ from pamm_testing.options import make_options
 from pamm_testing.zoo import BATCH, DECODERS, LAYERS, LENGTH, WIDTH, Case
 from torch import nn
 
+from pamm_compile.graph.insert import BACKWARD, FORWARD
+
 
 def _capture(model: nn.Module, case: Case | None = None, **options: Any) -> Captured:
     captured = Captured()
@@ -88,7 +90,7 @@ def test_inserted_nodes_carry_what_later_passes_need() -> None:
             torch.ops.aten._assert_tensor_metadata.default
         ):
             assert "val" in node.meta, node
-            assert node.meta["partitioner_tag"] in ("is_forward", "is_backward"), node
+            assert node.meta["partitioner_tag"] in (FORWARD, BACKWARD, "is_backward"), node
 
 
 def test_saved_bytes_fall_by_what_the_report_says() -> None:
