@@ -13,11 +13,14 @@ from pamm_compile.errors import (
 from pamm_compile.graph.vocabulary import register_attention
 from pamm_compile.inspect.compare import Arm, Comparison, compare_memory
 from pamm_compile.inspect.explain import explain
+from pamm_compile.inspect.fidelity import Fidelity, SiteFidelity, fidelity
 from pamm_compile.inspect.measure import MemoryUse, SavedStorage, measure_memory
 from pamm_compile.inspect.predict import Prediction, predict_saved
+from pamm_compile.inspect.recommend import Recommendation, recommend
 from pamm_compile.methods import register_method
 from pamm_compile.methods.base import Cost, Method, Size
 from pamm_compile.methods.pamm.method import Pamm
+from pamm_compile.methods.subspace import Subspace
 from pamm_compile.report import GraphReport, Note, Report, SiteReport, State
 from pamm_compile.sites.reasons import Reason
 from pamm_compile.torch_backend import Backend, backend
@@ -27,6 +30,7 @@ __all__ = [
     "Backend",
     "Comparison",
     "Cost",
+    "Fidelity",
     "GraphReport",
     "InvalidOptionError",
     "MeasurementError",
@@ -38,11 +42,14 @@ __all__ = [
     "PammError",
     "Prediction",
     "Reason",
+    "Recommendation",
     "Report",
     "SavedStorage",
+    "SiteFidelity",
     "SiteReport",
     "Size",
     "State",
+    "Subspace",
     "UnknownReportError",
     "UnsupportedTorchError",
     "UnsupportedTrainerError",
@@ -50,8 +57,10 @@ __all__ = [
     "backend",
     "compare_memory",
     "explain",
+    "fidelity",
     "measure_memory",
     "predict_saved",
+    "recommend",
     "register_attention",
     "register_method",
 ]

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
+from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 
@@ -41,13 +42,6 @@ def explain(
         report.add(found(pipeline))
         return compiled
 
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {t.device.index for t in model.parameters() if t.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(sorted(d for d in devices if d is not None)):
-            visit(model, lambda compiled: compiled(*args, **kwargs), look)
-    finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+    with undisturbed(model):
+        visit(model, lambda compiled: compiled(*args, **kwargs), look)
     return report
