@@ -1,0 +1,426 @@
+"""What decides the error of `Subspace`, and what else its bytes could buy.
+
+    python examples/benchmarks/study_estimators.py --hidden 512 --heads 8 --layers 2 --steps 100 \
+        --lr 1e-3 --seed 0
+    python examples/benchmarks/study_estimators.py --table runs/estimators-512-seed*.json
+
+Trains a small LLaMA exactly, keeps inputs X and output gradients dZ of every linear layer at the
+last step, and compares each method's dW with dZᵀX: relative error, and the bias in it, which stays
+when draws are averaged (error² = bias² + noise²). Methods get the same bytes a token at the inputs
+of q, k, v, o, gate and up: as many directions or generators as fit, what is stored beside the
+tokens included; at that of down the same number of them.
+
+`Subspace` and `Pamm` are the package's own. Variants share its directions
+(`principal_directions`) and code the coefficients here, as they are named:
+
+    Subspace        coded as the package does
+    near, stochastic    rounded to nearest, or stochastically, in place of dithered
+    column, block=N     a scale a direction, or a direction and N tokens
+    lead=S          a share S of the directions in 8 bits
+    tail=S,damp=D   a share S of the directions random ones of the tail, weighted by its size
+                    relative to theirs to the power D (PRAC: D = 1, unbiased)
+    lottery=C       r of C·r directions, drawn with probabilities and reweighted: unbiased
+    pamm=K          PAMM with K generators on what the directions leave
+    stale=N         directions of N steps before
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+from torch import Tensor, nn
+
+from examples.benchmarks import cli, corpus, machine, models, tables, training
+from pamm_compile import Pamm, Size, Subspace
+from pamm_compile.methods.base import Method
+from pamm_compile.methods.subspace import principal_directions
+
+TARGETS = {
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "o_proj": "o",
+    "gate_proj": "gate, up",
+    "up_proj": "gate, up",
+    "down_proj": "down",
+}
+_SHARES_INPUT_OF = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_KEPT = {"x": 1, "x1": 2, "x16": 17}
+"""Names of captured inputs, and how many steps before the end they are of."""
+_STORED = torch.bfloat16
+_BLOCK = 256
+
+Estimate = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Makes dW of every dZ."""
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--steps", type=cli.positive, default=100)
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bytes", type=float, nargs="+", default=[20, 35, 70], help="a token (default: 20 35 70)"
+    )
+    parser.add_argument("--draws", type=cli.positive, default=4, help="default: 4")
+    parser.add_argument(
+        "--captured", type=Path, help="where X and dZ are kept, so that training runs once"
+    )
+    parser.add_argument("--only", nargs="+", help="variants whose names contain one of these")
+    parser.add_argument("--table", type=Path, nargs="+", help="print the table of these records")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder (default: ./runs)")
+    cli.add_study_options(parser)
+    return parser.parse_args(arguments)
+
+
+def capture(args: argparse.Namespace) -> dict[str, dict[str, Tensor]]:
+    """Train exactly, and return inputs at some steps and output gradients at the last one."""
+    model = models.study_model(args)
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+    recording = False
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> None:
+            if recording:
+                if name.rpartition(".")[2] not in _SHARES_INPUT_OF:
+                    inputs[name] = given[0].detach().flatten(0, -2)
+                output.register_hook(
+                    lambda g: gradients.__setitem__(name, g.detach().flatten(0, -2))
+                )
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TARGETS:
+            module.register_forward_hook(hook_of(name))
+    optimizer = training.optimizer_of(model, args.lr)
+    data = training.batches(corpus.Text().train, "llama", args.batch, args.sequence, args.seed)
+    found: dict[str, dict[str, Tensor]] = {}
+    for step in range(args.steps):
+        kept = [name for name, back in _KEPT.items() if step == max(0, args.steps - back)]
+        recording = bool(kept)
+        for group in optimizer.param_groups:
+            group["lr"] = training.learning_rate(step, args.steps, args.lr)
+        optimizer.zero_grad()
+        model(**next(data)).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        found.update({name: dict(inputs) for name in kept})
+    return {**found, "dz": gradients}
+
+
+def fit(price: float, available: float) -> int:
+    """Return how many directions or generators fit, at least 1."""
+    return max(1, int(available / price))
+
+
+def codes(a: Tensor, bits: int, how: str, block: int, draw: torch.Generator) -> Tensor:
+    """Return coefficients as their codes stand for them.
+
+    Args:
+        a: [b, r].
+        bits: of a code.
+        how: "dithered", "near" or "stochastic".
+        block: tokens that share a scale.
+        draw: what is random.
+    """
+    tokens, r = a.shape
+    half = 2 ** (bits - 1)
+    padded = nn.functional.pad(a.abs(), (0, 0, 0, -tokens % block)).view(-1, block, r)
+    limit = half - 0.5 if how == "dithered" else half - 1
+    scale = (padded.amax(1) / limit).to(_STORED).float() * (1 + 2**-7)
+    step = scale.repeat_interleave(block, 0)[:tokens].clamp(min=1e-30)
+    if how == "near":
+        return (a / step).round() * step
+    u = torch.rand(a.shape, generator=draw)
+    if how == "stochastic":
+        return (a / step + u).floor() * step
+    return ((a / step + u).floor() + 0.5 - u) * step
+
+
+def directions(x: Tensor, r: int, draw: torch.Generator, rows: int, iterations: int) -> Tensor:
+    """Return the package's directions, rounded to 8 bits as it stores them."""
+    seed = torch.randint(2**31, (), generator=draw)
+    basis = principal_directions(x, min(r, x.shape[1]), seed, rows=rows, iterations=iterations)
+    return eight_bits(basis)
+
+
+def eight_bits(basis: Tensor) -> Tensor:
+    scale = (basis.abs().amax(1, keepdim=True) / 127).clamp(min=1e-30)
+    return (basis / scale).round() * scale
+
+
+class Variants:
+    """Every method of the study for one number of bytes.
+
+    Args:
+        available: bytes a token.
+        tokens: b.
+        features: n of the inputs that the bytes are counted for.
+    """
+
+    def __init__(self, available: float, tokens: int, features: int) -> None:
+        self.available = available
+        self.tokens = tokens
+        self.features = features
+        # An 8-bit basis and its scale.
+        self.basis = (features + 4) / tokens
+
+    def subspace(
+        self, bits: int = 4, lead: float = 0.0, block: int = _BLOCK, left: float = 0
+    ) -> int:
+        price = bits / 8 + lead * (1 - bits / 8) + 2 / block + self.basis
+        return fit(price, self.available - left)
+
+    def methods(self) -> dict[str, Callable[[Tensor, Tensor, torch.Generator], Estimate]]:
+        """Return what makes an estimate of an input X, and of X some steps before."""
+        r = self.subspace()
+        of: dict[str, Callable[[Tensor, Tensor, torch.Generator], Estimate]] = {}
+        k = fit(2 * self.features / self.tokens, self.available - 3)
+        of[f"Pamm k={k}"] = lambda x, _, g: _shipped(Pamm(max(1.0, x.shape[0] / k)), x, g)
+        of[f"Subspace r={r}"] = lambda x, _, g: _shipped(Subspace(r), x, g)
+        eight = self.subspace(bits=8)
+        of[f"Subspace r={eight}, 8 bits"] = lambda x, _, g: _shipped(Subspace(eight, bits=8), x, g)
+        plain = fit(2 + 2 * self.features / self.tokens, self.available)
+        of[f"Subspace r={plain}, bits=None"] = lambda x, _, g: _shipped(
+            Subspace(plain, bits=None), x, g
+        )
+        for rows, iterations in ((2, 1), (4, 1), (8, 0), (8, 1), (8, 2), (16, 0), (16, 2), (32, 1)):
+            shipped = Subspace(r, rows=rows, iterations=iterations)
+            of[f"Subspace r={r}, rows={rows}, iterations={iterations}"] = (
+                lambda x, _, g, shipped=shipped: _shipped(shipped, x, g)
+            )
+        for how in ("near", "stochastic"):
+            of[f"r={r}, {how}"] = lambda x, _, g, how=how: self._coded(x, x, r, g, how=how)
+        for block in (32, 64, 128, 512, 0):
+            fitting = self.subspace(block=block or self.tokens)
+            name = f"block={block}" if block else "column"
+            of[f"r={fitting}, {name}"] = lambda x, _, g, block=block, fitting=fitting: self._coded(
+                x, x, fitting, g, block=block or x.shape[0]
+            )
+        for lead in (0.125, 0.25):
+            fitting = self.subspace(lead=lead)
+            of[f"r={fitting}, lead={lead}"] = lambda x, _, g, lead=lead, fitting=fitting: (
+                self._coded(x, x, fitting, g, lead=round(lead * fitting))
+            )
+        three = self.subspace(bits=3)
+        of[f"r={three}, 3 bits"] = lambda x, _, g: self._coded(x, x, three, g, bits=3)
+        for damp in (0.0, 0.5, 1.0):
+            of[f"r={r}, tail=0.125, damp={damp}"] = lambda x, _, g, damp=damp: self._tail(
+                x, r, max(1, r // 8), damp, g
+            )
+        for share in (1.5, 2.0):
+            of[f"r={r}, lottery={share}"] = lambda x, _, g, share=share: self._lottery(
+                x, r, min(x.shape[1], int(share * r)), g
+            )
+        for k in (8, 16):
+            left = 2 * k * self.features / self.tokens + 3
+            if self.available > 2 * left:
+                fitting = self.subspace(left=left)
+                of[f"r={fitting}, pamm={k}"] = lambda x, _, g, k=k, fitting=fitting: self._rest(
+                    x, fitting, k, g
+                )
+        of[f"r={r}, stale"] = lambda x, before, g: self._coded(x, before, r, g)
+        return of
+
+    def _coded(
+        self,
+        x: Tensor,
+        of: Tensor,
+        r: int,
+        draw: torch.Generator,
+        *,
+        bits: int = 4,
+        how: str = "dithered",
+        block: int = _BLOCK,
+        lead: int = 0,
+    ) -> Estimate:
+        basis = directions(of, r, draw, 16, 1)
+        a = x @ basis.T
+        parts = [codes(a[:, :lead], 8, how, block, draw)] if lead else []
+        parts.append(codes(a[:, lead:], bits, how, block, draw))
+        return _product(torch.cat(parts, 1), basis)
+
+    def _tail(self, x: Tensor, r: int, random: int, damp: float, draw: torch.Generator) -> Estimate:
+        first = directions(x, r - random, draw, 16, 1)
+        rest = torch.randn(random, x.shape[1], generator=draw)
+        rest = torch.linalg.qr((rest - rest @ first.T @ first).T).Q.T
+        basis = torch.cat([first, eight_bits(rest)])
+        a = codes(x @ basis.T, 4, "dithered", _BLOCK, draw)
+        a[:, r - random :] *= ((x.shape[1] - r + random) / random) ** damp
+        return _product(a, basis)
+
+    def _lottery(self, x: Tensor, r: int, candidates: int, draw: torch.Generator) -> Estimate:
+        basis = directions(x, candidates, draw, 16, 1)
+        # Rotated to the principal axes of X within their span, whose sizes set the odds.
+        _, sizes, axes = torch.linalg.svd(x @ basis.T, full_matrices=False)
+        basis = axes @ basis
+        odds = torch.zeros_like(sizes)
+        certain = torch.zeros_like(sizes, dtype=torch.bool)
+        for _ in range(candidates):
+            scaled = sizes * (r - certain.sum()) / sizes[~certain].sum().clamp(min=1e-30)
+            odds = torch.where(certain, 1.0, scaled)
+            if not (odds > 1).any():
+                break
+            certain |= odds >= 1
+        place = odds.cumsum(0) - torch.rand((), generator=draw)
+        drawn = place.floor() != (place - odds).floor()
+        basis = eight_bits(basis[drawn])
+        return _product(codes(x @ basis.T, 4, "dithered", _BLOCK, draw) / odds[drawn], basis)
+
+    def _rest(self, x: Tensor, r: int, k: int, draw: torch.Generator) -> Estimate:
+        basis = directions(x, r, draw, 16, 1)
+        a = codes(x @ basis.T, 4, "dithered", _BLOCK, draw)
+        first = _product(a, basis)
+        rest = _shipped(Pamm(max(1.0, x.shape[0] / k)), x - a @ basis, draw)
+        return lambda grads: [p + q for p, q in zip(first(grads), rest(grads), strict=True)]
+
+
+def _product(a: Tensor, basis: Tensor) -> Estimate:
+    return lambda grads: [dz.T @ a @ basis for dz in grads]
+
+
+def _shipped(method: Method, x: Tensor, draw: torch.Generator) -> Estimate:
+    # In float32, where a CPU is fast; the bytes are those of bfloat16.
+    seed = torch.randint(2**31, (), generator=draw)
+    stored = method.store(x, seed, (4 * x.shape[1],))
+    return lambda grads: method.weight_gradients(stored, grads, [False] * len(grads))
+
+
+def bytes_a_token(name: str, available: float, tokens: int, features: int) -> float:
+    """Return what the package's methods store; what a variant was given of the others."""
+    if not name.startswith(("Pamm", "Subspace")):
+        return available
+    size = int(name.partition("=")[2].partition(",")[0])
+    method: Method = Subspace(size)
+    if name.startswith("Pamm"):
+        method = Pamm(max(1.0, tokens / size))
+    elif "8 bits" in name:
+        method = Subspace(size, bits=8)
+    elif "None" in name:
+        method = Subspace(size, bits=None)
+    return method.stored_bytes(Size(tokens, features, (4 * features,), _STORED)) / tokens
+
+
+def compare(
+    captured: dict[str, dict[str, Tensor]], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row a method, site and projection."""
+    sites: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for name, dz in captured["dz"].items():
+        head, _, last = name.rpartition(".")
+        sites[f"{head}.{_SHARES_INPUT_OF.get(last, last)}"][last] = dz.float()
+    rows = []
+    for available in args.bytes:
+        tokens = args.batch * args.sequence
+        for name, make in Variants(available, tokens, args.hidden).methods().items():
+            if args.only and not any(word in name for word in args.only):
+                continue
+            for number, (site, gradients) in enumerate(sites.items()):
+                x, before = (captured[which][site].float() for which in ("x", "x16"))
+                found = _errors(make, x, before, gradients, args.draws, args.seed, number)
+                rows += [
+                    {
+                        "bytes": available,
+                        "stored": bytes_a_token(name, available, tokens, x.shape[1]),
+                        "method": name,
+                        "site": site,
+                        "target": TARGETS[projection],
+                        "projection": projection,
+                        **figures,
+                    }
+                    for projection, figures in found.items()
+                ]
+            print(f"{available:g} bytes: {name}", flush=True)
+    return rows
+
+
+def _errors(
+    make: Callable[[Tensor, Tensor, torch.Generator], Estimate],
+    x: Tensor,
+    before: Tensor,
+    gradients: dict[str, Tensor],
+    draws: int,
+    *key: int,
+) -> dict[str, dict[str, float]]:
+    exact = {name: dz.T @ x for name, dz in gradients.items()}
+    sums = {name: torch.zeros_like(each) for name, each in exact.items()}
+    squares: dict[str, list[float]] = defaultdict(list)
+    for draw in range(draws):
+        estimates = make(x, before, _generator(*key, draw))(list(gradients.values()))
+        for name, estimate in zip(gradients, estimates, strict=True):
+            sums[name] += estimate
+            squares[name].append(_relative(estimate, exact[name]) ** 2)
+    found = {}
+    for name, each in squares.items():
+        total, of_mean = statistics.fmean(each), _relative(sums[name] / draws, exact[name]) ** 2
+        # The mean of D draws still has 1/D of the noise.
+        noise = max(0.0, total - of_mean) * draws / (draws - 1) if draws > 1 else 0.0
+        found[name] = {"error": total**0.5, "bias": max(0.0, total - noise) ** 0.5}
+    return found
+
+
+def _relative(estimate: Tensor, exact: Tensor) -> float:
+    return float((estimate - exact).norm() / exact.norm())
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number * 7919 + 1) % (2**63 - 1)
+    return torch.Generator().manual_seed(seed)
+
+
+def text_table(records: list[dict[str, Any]]) -> str:
+    """Return Markdown: per method and target the mean over seeds, layers and projections."""
+    rows = [row for record in records for row in record["rows"]]
+    targets = list(dict.fromkeys(TARGETS.values()))
+    header = ["bytes a token", "method", *(f"{each}: error (bias)" for each in targets)]
+    lines = []
+    for available, method in dict.fromkeys((row["bytes"], row["method"]) for row in rows):
+        mine = [row for row in rows if (row["bytes"], row["method"]) == (available, method)]
+        cells = []
+        for target in targets:
+            these = [row for row in mine if row["target"] == target]
+            error, bias = (statistics.fmean(r[part] for r in these) for part in ("error", "bias"))
+            cells.append(f"{error:.3f} ({bias:.3f})")
+        lines.append([f"{available:g}", method, *cells])
+    return "\n".join(tables.markdown(header, lines, left=2))
+
+
+def main() -> None:
+    args = parse()
+    if args.table:
+        print(text_table([json.loads(path.read_text()) for path in args.table]))
+        return
+    cli.prepare_study(args)
+    torch.manual_seed(args.seed)
+    if args.captured and args.captured.exists():
+        captured = torch.load(args.captured)
+    else:
+        captured = capture(args)
+        if args.captured:
+            torch.save(captured, args.captured)
+    rows = compare(captured, args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"estimators-{args.hidden}-seed{args.seed}.json"
+    record = {"environment": machine.facts(), "options": cli.options(args), "rows": rows}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\n{text_table([record])}\n\n{path}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
