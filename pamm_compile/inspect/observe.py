@@ -15,7 +15,6 @@ from pamm_compile.report import GraphReport
 from pamm_compile.rules import Rules
 from pamm_compile.sites.choose import Candidate, choose
 from pamm_compile.sites.projections import WeightGradient
-from pamm_compile.sites.targets import find_projections
 
 
 @dataclass(frozen=True)
@@ -86,13 +85,11 @@ class ObserveSites:
 
     def __call__(self, joint: JointGraph, *, apply: bool) -> GraphReport:
         """Replace the matmuls of a joint graph."""
-        qkv = {projection.node for projection in find_projections(joint, "qkv").projections}
         for candidate in choose(joint, self.rules, siblings=False).candidates:
             gradients = candidate.site.gradients
             if not gradients or not apply:
                 continue
-            nodes = {gradient.projection.node for gradient in gradients}
-            targets = frozenset(["linear", *(["qkv"] if nodes <= qkv else [])])
+            targets = frozenset.intersection(*(g.projection.targets for g in gradients))
             site = _Site(self.sites, candidate, targets)
             self.sites += 1
             for number, gradient in enumerate(gradients):
