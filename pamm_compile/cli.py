@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from pamm_compile.errors import InvalidOptionError, PammError
 from pamm_compile.inspect.compare import compare_memory
 from pamm_compile.inspect.explain import explain
+from pamm_compile.inspect.fidelity import fidelity
+from pamm_compile.inspect.recommend import recommend
 from pamm_compile.private import memory
 from pamm_compile.torch_backend import Backend, backend
 
@@ -31,17 +34,21 @@ class Subject:
     batch: dict[str, Any]
 
     def loss(self, model: nn.Module) -> Tensor:
-        """Return what is trained on: the output's `loss`, or the mean square of a tensor."""
-        out = model(**self.batch)
-        found = getattr(out, "loss", None)
-        if isinstance(found, Tensor):
-            return found
-        if isinstance(out, Tensor):
-            return out if out.dim() == 0 else out.float().square().mean()
-        raise InvalidOptionError(
-            f"the model returned {type(out).__name__}, which has no loss. Return a tensor, or an "
-            "output with a `loss`; a batch of Transformers' models needs labels."
-        )
+        """Return the loss of the model on the batch."""
+        return _loss_of(model(**self.batch))
+
+
+def _loss_of(out: Any) -> Tensor:
+    """Return what is trained on: the output's `loss`, or the mean square of a tensor."""
+    found = getattr(out, "loss", None)
+    if isinstance(found, Tensor):
+        return found
+    if isinstance(out, Tensor):
+        return out if out.dim() == 0 else out.float().square().mean()
+    raise InvalidOptionError(
+        f"the model returned {type(out).__name__}, which has no loss. Return a tensor, or an "
+        "output with a `loss`; a batch of Transformers' models needs labels."
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,8 +74,30 @@ def _explain(chosen: argparse.Namespace) -> str:
     # Nothing is allocated, so that the model may be larger than the machine.
     with memory.fake_mode() if chosen.config else nullcontext():
         subject = _subject(chosen)
-        report = explain(subject.model, using=_backend(chosen), **subject.batch)
+        report = explain(
+            subject.model, using=_backend(chosen), device=chosen.times_on, **subject.batch
+        )
     return report.to_json() if chosen.json else report.text()
+
+
+def _fidelity(chosen: argparse.Namespace) -> str:
+    subject = _subject(chosen)
+    found = fidelity(
+        subject.model, rules=chosen.rules, draws=chosen.draws, loss=_loss_of, **subject.batch
+    )
+    return found.to_json() if chosen.json else found.text()
+
+
+def _recommend(chosen: argparse.Namespace) -> str:
+    subject = _subject(chosen)
+    found = recommend(
+        subject.model,
+        max_error=chosen.max_error,
+        draws=chosen.draws,
+        loss=_loss_of,
+        **subject.batch,
+    )
+    return json.dumps(found.to_dict(), indent=2) if chosen.json else found.text()
 
 
 def _compare(chosen: argparse.Namespace) -> str:
@@ -149,6 +178,14 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
         _add_common(command)
+        if name == "explain":
+            text = "a100, h100, h200 or mi300x: show the times that a model of it gives"
+            command.add_argument("--times-on", metavar="GPU", help=text)
+        if name in ("fidelity", "recommend"):
+            command.add_argument("--draws", type=int, default=4, help="of every method")
+        if name == "recommend":
+            text = "relative error of a weight gradient that is allowed"
+            command.add_argument("--max-error", type=float, default=0.3, help=text)
         if name == "compare":
             command.add_argument("--budget", type=float, default=0.99, help="of the further arms")
             command.add_argument("--steps", type=int, default=10, help="timed steps of each arm")
@@ -176,5 +213,7 @@ Run = Callable[[argparse.Namespace], str]
 
 _COMMANDS: tuple[tuple[str, Run, str], ...] = (
     ("explain", _explain, "Show what would be compressed, without computing anything."),
+    ("fidelity", _fidelity, "Measure how close the weight gradients are, on a batch."),
+    ("recommend", _recommend, "Choose the cheapest method of every target by its error."),
     ("compare", _compare, "Measure a step five ways: eager, compiled, and compressed."),
 )

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from pamm_compile import methods
 from pamm_compile.checks import unknown_option
+from pamm_compile.devices import device_named
 from pamm_compile.graph.dynamo import differentiates, has_nested_graphs
 from pamm_compile.graph.pipeline import GraphPass, PassChain, Pipeline
 from pamm_compile.names import names_of
@@ -48,6 +49,7 @@ def make_pipeline(
     *,
     gm: GraphModule | None = None,
     shared: str = "",
+    device: str | None = None,
     apply: bool = True,
 ) -> Pipeline:
     """Return our passes over the joint graph of one Dynamo graph.
@@ -58,13 +60,15 @@ def make_pipeline(
         further: passes of the user's, behind ours.
         gm: the graph, to say more of it if it has no backward pass.
         shared: class of the modules that share the graph, see `names.Names`.
+        device: GPU whose times are reported, see `devices.device_named`; None for that at hand.
         apply: False only reports.
 
     Returns:
         A pass of Inductor's.
     """
     by_name = options.selects_by_name
-    passes = [CompressInputs(options, shared if by_name else ""), *further]
+    gpu = None if device is None else device_named(device)
+    passes = [CompressInputs(options, shared if by_name else "", gpu), *further]
     alone = None
     if gm is not None and differentiates(gm):
         note = Note(Reason.OWN_GRADIENTS.name, "gradients")

@@ -42,7 +42,27 @@ def test_explain_a_config(config: str, capsys: pytest.CaptureFixture[str]) -> No
     assert {site["method"] for site in report["graphs"][0]["sites"]} == {"k = 16"}
 
 
-def test_explain_and_compare_a_function(capsys: pytest.CaptureFixture[str]) -> None:
+def test_times_of_a_gpu_that_is_not_there(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--config", config, "--sequence", "1024", "--json")
+    times = []
+    for further in ((), ("--times-on", "h100")):
+        assert main(["explain", *common, *further]) == 0
+        report = json.loads(capsys.readouterr().out)
+        times.append([site["time"] for site in report["graphs"][0]["sites"]])
+    assert times[0] != times[1]
+    assert main(["explain", *common, "--times-on", "h1000"]) == 2
+    assert "Did you mean 'h100'" in capsys.readouterr().err
+
+
+def test_fidelity_and_recommend(capsys: pytest.CaptureFixture[str]) -> None:
+    name = f"{__name__}:subject"
+    assert main(["fidelity", name, "--rules", "qkv=pamm:4", "--draws", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sites"]
+    assert main(["recommend", name, "--max-error", "0.9", "--draws", "1"]) == 0
+    assert "error at most 0.9" in capsys.readouterr().out
+
+
+def test_explain_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{__name__}:subject"
     options = ("--rules", "qkv=pamm:4", "--min-tokens", "1")
     assert main(["explain", name, *options]) == 0

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from pamm_compile.devices import device_named
 from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
 from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.report import Report
@@ -15,7 +16,11 @@ from pamm_compile.torch_backend import Backend, backend
 
 
 def explain(
-    model: torch.nn.Module, *args: Any, using: Backend | None = None, **kwargs: Any
+    model: torch.nn.Module,
+    *args: Any,
+    using: Backend | None = None,
+    device: str | None = None,
+    **kwargs: Any,
 ) -> Report:
     """Show what would be compressed in a model, without changing or compiling it.
 
@@ -28,16 +33,25 @@ def explain(
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
         using: a backend, for its options; None stands for `backend()`.
+        device: show the times that a model of "a100", "h100", "h200" or "mi300x" gives, none of
+            them measured; None for the device that the model is on.
         kwargs: what to call it with.
 
     Returns:
         The report: print it, or use its `sites`, `to_dict()` and `to_json()`.
+
+    Raises:
+        InvalidOptionError: no figures of the device are known.
     """
+    if device is not None:
+        device_named(device)
     chosen = using or backend()
     report = Report()
 
     def look(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
-        pipeline = make_pipeline(chosen.options, names, chosen.passes, gm=gm, apply=False)
+        pipeline = make_pipeline(
+            chosen.options, names, chosen.passes, gm=gm, device=device, apply=False
+        )
         compiled = compile_graph(gm, inputs, pipeline, mode=Mode.LOOK)
         report.add(found(pipeline))
         return compiled

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pamm_compile.devices import DeviceFigures
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import attention_operators
 from pamm_compile.options import Options
@@ -23,10 +24,12 @@ class CompressInputs:
     Attributes:
         options: rules, goal, siblings, min_tokens and seed are read.
         shared: class of the modules that share the graph, if names are those of the first of them.
+        gpu: what reported times are of; None for the device at hand.
     """
 
     options: Options
     shared: str = ""
+    gpu: DeviceFigures | None = None
 
     @property
     def name(self) -> str:
@@ -42,7 +45,7 @@ class CompressInputs:
         """Run over a joint graph."""
         decision = self.decide(joint)
         decision.declines.extend((None, remark) for remark in self._remarks(joint))
-        report = _report(joint, decision)
+        report = _report(joint, decision, self.gpu)
         if apply:
             rewrite(joint.graph, decision.accepted, self.options.seed)
         return report
@@ -60,15 +63,17 @@ class CompressInputs:
         return decide(joint, choice, self.options)
 
 
-def _report(joint: JointGraph, decision: Decision) -> GraphReport:
+def _report(joint: JointGraph, decision: Decision, gpu: DeviceFigures | None) -> GraphReport:
     order: list[tuple[Candidate, Decline | None]] = [(plan, None) for plan in decision.accepted]
     order += [(each, decline) for each, decline in decision.declines if each is not None]
     order.sort(key=lambda pair: pair[0].site.input)
     notes = [Note(d.reason.name, d.what, d.detail) for each, d in decision.declines if each is None]
-    return GraphReport(tuple(_site(joint, *pair) for pair in order), tuple(notes))
+    return GraphReport(tuple(_site(joint, *pair, gpu) for pair in order), tuple(notes))
 
 
-def _site(joint: JointGraph, candidate: Candidate, decline: Decline | None) -> SiteReport:
+def _site(
+    joint: JointGraph, candidate: Candidate, decline: Decline | None, gpu: DeviceFigures | None
+) -> SiteReport:
     size, method = candidate.size, candidate.method
     stays = isinstance(candidate, Plan) and candidate.also_read_by
     stored = method.stored_bytes(size) + (size.bytes if stays else 0)
@@ -83,7 +88,7 @@ def _site(joint: JointGraph, candidate: Candidate, decline: Decline | None) -> S
         compressed=decline is None,
         reason=decline.reason.name if decline else None,
         detail=_detail(joint, candidate, decline),
-        time=None if decline or not size.outputs else 1 - saved_time(method, size),
+        time=None if decline or not size.outputs else 1 - saved_time(method, size, gpu),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -60,20 +60,24 @@ def size_of(site: Site) -> Size:
     )
 
 
-def saved_time(method: Method, size: Size) -> float:
+def saved_time(method: Method, size: Size, gpu: devices.DeviceFigures | None = None) -> float:
     """Return what a method saves of the time of the exact weight gradients, by a model of it.
 
     Args:
         method: any.
         size: of the site.
+        gpu: to estimate for; None for the device that X is on.
 
     Returns:
         As a share: 1 where it takes no time at all, 0 where it takes as long, below 0 where it
         takes longer.
     """
-    if size.device == "cuda":
+    if gpu is None and size.device == "cuda":
         # Whichever GPU it is: what is a gain on one is no loss on another where it is clear.
         gpu = devices.device_named("h100")
+    if gpu is not None:
+        # Costs depend on the kind of device too.
+        size = replace(size, device="cuda")
         return 1 - devices.site_seconds(method, size, gpu) / devices.exact_seconds(size, gpu)
     device = _DEVICES.get(size.device, _DEVICES["cuda"])
     return 1 - device.seconds(method.cost(size), size.dtype) / device.seconds(

@@ -12,7 +12,7 @@ from pamm_testing.programs import CHECKOUT
 import pamm_compile
 from examples.benchmarks import results
 
-PAGES = [CHECKOUT / "README.md", CHECKOUT / "CONTRIBUTING.md", *(CHECKOUT / "docs").glob("*.md")]
+PAGES = [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")]
 
 
 def _anchors(page: Path) -> set[str]:
