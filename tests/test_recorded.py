@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -192,6 +193,8 @@ print(hits, backend.report.graphs[-1].summary())
 @pytest.mark.slow
 def test_reports_travel_with_torchs_cache_artifacts(tmp_path: Path) -> None:
     """Saved in one process, and loaded in another before pamm_compile is imported."""
+    # What one process runs must be what the next does, whatever is edited meanwhile.
+    shutil.copytree(Path(pamm_compile.__file__).parent, tmp_path / "package" / "pamm_compile")
 
     def run(folder: str, *arguments: str) -> str:
         done = subprocess.run(
@@ -199,7 +202,7 @@ def test_reports_travel_with_torchs_cache_artifacts(tmp_path: Path) -> None:
             env={
                 **os.environ,
                 "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / folder),
-                "PYTHONPATH": str(Path(pamm_compile.__file__).parents[1]),
+                "PYTHONPATH": str(tmp_path / "package"),
                 "OMP_NUM_THREADS": "1",
             },
             capture_output=True,
