@@ -156,7 +156,9 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     """
     if isinstance(size, int):
         return size
-    return int(size.node.hint) if size.node.has_hint() else None
+    # The length of a ragged dimension has none either.
+    hint = getattr(size.node, "hint", None)
+    return None if hint is None else int(hint)
 
 
 def guarded(condition: bool | torch.SymBool) -> bool | None:
@@ -178,13 +180,6 @@ def guarded(condition: bool | torch.SymBool) -> bool | None:
     if _statically_known_true(condition):
         return True
     return False if _statically_known_true(torch.sym_not(condition)) else None
-
-
-def same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Tell whether two tensors have one shape; not where only the data decide."""
-    return a.dim() == b.dim() and all(
-        guarded(m == n) is True for m, n in zip(a.shape, b.shape, strict=True)
-    )
 
 
 def size_key(size: int | torch.SymInt) -> Any:
@@ -245,7 +240,7 @@ def holds(guards: str | None, symbols: Sequence[torch.SymInt]) -> bool:
 
 def backed_symbols(inputs: Sequence[Any]) -> list[torch.SymInt]:
     """Return the inputs of a graph that are symbolic sizes whose value is known before it runs."""
-    return [s for s in inputs if isinstance(s, torch.SymInt) and s.node.has_hint()]
+    return [s for s in inputs if isinstance(s, torch.SymInt) and size_hint(s) is not None]
 
 
 def without_donated_buffers() -> AbstractContextManager[None]:
