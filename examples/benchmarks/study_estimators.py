@@ -189,8 +189,10 @@ class Variants:
         """Return what makes an estimate of an input X, and of X some steps before."""
         r = self.subspace()
         of: dict[str, Callable[[Tensor, Tensor, torch.Generator], Estimate]] = {}
-        k = fit(2 * self.features / self.tokens, self.available - 3)
-        of[f"Pamm k={k}"] = lambda x, _, g: _shipped(Pamm(max(1.0, x.shape[0] / k)), x, g)
+        generators = fit(2 * self.features / self.tokens, self.available - 3)
+        of[f"Pamm k={generators}"] = lambda x, _, g: _shipped(
+            Pamm(max(1.0, x.shape[0] / generators)), x, g
+        )
         of[f"Subspace r={r}"] = lambda x, _, g: _shipped(Subspace(r), x, g)
         eight = self.subspace(bits=8)
         of[f"Subspace r={eight}, 8 bits"] = lambda x, _, g: _shipped(Subspace(eight, bits=8), x, g)
