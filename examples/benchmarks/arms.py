@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 import pamm_compile
 from examples.benchmarks.models import Case, precision
+from pamm_compile.options import Goal
 
 REFERENCE = "compile"
 """The arm that step times are divided by."""
 PAPER = "qkv=pamm:{ratio:g}"
 """The paper's method on the paper's projections; `ratio` is the case's."""
-WHOLE = "linear=pamm:{ratio:g}:min_generators=64"
+WHOLE = "linear=subspace"
 """Every linear layer, by the method whose loss allows it, at its defaults."""
 
 
@@ -86,12 +87,18 @@ def variant(arm: Arm, model: nn.Module) -> nn.Module:
     return model
 
 
-def backend_of(arm: Arm, case: Case) -> pamm_compile.Backend:
-    """Return the backend of an arm that approximates; the same one for the same case."""
+def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.Backend:
+    """Return the backend of an arm that approximates; the same one for the same case.
+
+    Args:
+        arm: one with rules.
+        case: the model.
+        goal: default: "speed" for the whole model, whose matmuls save time also where X stays saved
+            anyway, and else "memory".
+    """
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
-        # What its matmuls save in time counts too, where X stays saved anyway.
-        goal="speed" if arm.rules == WHOLE else "memory",
+        goal=goal or ("speed" if arm.rules == WHOLE else "memory"),
         min_tokens=case.min_tokens,
         base=case.base,
     )
