@@ -155,14 +155,18 @@ class Operands:
         return None
 
     def learned_factors(self, node: Node) -> Factors | None:
-        """Return a matmul of two weights as one of them with the other, which takes X's place.
+        """Return a matmul of a weight with what no input enters, which then takes X's place.
 
-        The weight is the factor that is a parameter as it stands, if only one is; else the right.
+        Of two weights, the weight is the one that is a parameter as it stands, if only one is; else
+        the right one.
         """
         left, right = matmul_operands(node)
-        if self.kind(left) is not Kind.WEIGHT or self.kind(right) is not Kind.WEIGHT:
+        if self._made[left].fed or self._made[right].fed:
             return None
-        if self._is_plain(left) and not self._is_plain(right):
+        is_weight = [self.kind(factor) is Kind.WEIGHT for factor in (left, right)]
+        if is_weight == [False, False]:
+            return None
+        if is_weight == [True, False] or (self._is_plain(left) and not self._is_plain(right)):
             left, right = right, left
         return Factors(left, right, self.parameters(right))
 

@@ -90,3 +90,17 @@ class _Fast(Attention):
 
 def test_weights_of_operators_that_are_no_matmuls_are_reported() -> None:
     assert look(_Fast(), example()).reasons == dict.fromkeys(QKV, "NOT_A_PROJECTION")
+
+
+class _Positions(Attention):
+    """Positions are a projection of what the graph computes from nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.arange(x.shape[1])[:, None] / torch.arange(1, x.shape[2] + 1)
+        return super().forward(x + self.positions(table.sin()))
+
+
+def test_projections_of_what_no_input_enters_are_reported() -> None:
+    found = look(_Positions(positions=linear()), example(), "linear=pamm:4")
+    assert found.compressed == QKV
+    assert found.reasons == {"positions.weight": "LEARNED_INPUT"}
