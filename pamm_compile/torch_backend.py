@@ -134,7 +134,8 @@ def backend(
             projection; "mlp"; "head"; "linear", every matmul of an activation with a parameter; a
             compiled regular expression, those of them whose parameter names it matches.
         goal: "memory" compresses an input only if it is then not saved; "speed" whenever weight
-            gradients take less time, by a model of it; "any" is "memory" without weighing bytes, for tests and studies.
+            gradients take less time, by a model of it; "any" is "memory" without weighing bytes,
+            for tests and studies.
         siblings: whether projections that no rule names join those that read the same input.
         min_tokens: inputs of fewer tokens stay exact.
         strict: raise if a training graph has nothing to compress.

@@ -163,7 +163,8 @@ def check_unequal_shapes() -> None:
         step(ours, [tokens(seed, length=length)])
     long = dist.get_rank() == 0
     assert len(backend.report.compressed) == (LAYERS if long else 0)
-    reasons = {site.reason for site in backend.report.declined}
+    # The output layer is in a graph of its own, without attention to tell what it is.
+    reasons = {site.reason for site in backend.report.declined} - {"UNCLEAR_TARGET"}
     assert reasons == (set() if long else {"TOO_FEW_TOKENS"})
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
     optimizer.step()
