@@ -118,7 +118,9 @@ def _wait(processes: list[subprocess.Popen[bytes]], scratch: Path, timeout: floa
             deadline = time.monotonic() + timeout
         if time.monotonic() > deadline:
             tails = [f"rank {r}:\n{_tail(scratch, r)}" for r in range(len(processes))]
-            raise RankFailedError(f"still running after {timeout:g} s\n" + "\n".join(tails))
+            what = "not all started" if starting else "still running"
+            waited = _START_SECONDS if starting else timeout
+            raise RankFailedError(f"{what} after {waited:g} s\n" + "\n".join(tails))
         time.sleep(_POLL_SECONDS)
     failed = {r: p.poll() for r, p in enumerate(processes) if p.poll()}
     if failed:
