@@ -24,7 +24,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# Not this folder, whose triton is no library.
+sys.path[0] = str(Path(__file__).parents[1])
 
 
 import pamm_compile
