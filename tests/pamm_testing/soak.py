@@ -25,7 +25,8 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 
 # Not this folder, whose triton is no library.
-sys.path[0] = str(Path(__file__).parents[1])
+sys.path.pop(0)
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 import pamm_compile
