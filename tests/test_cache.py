@@ -91,7 +91,8 @@ def test_processes_that_share_a_cache(tmp_path: Path) -> None:
 
     # An edited source misses, be it only a template's.
     edited = _copy(tmp_path / "edited")
-    with (edited / "pamm_compile" / "lowering" / "tiles.py").open("a") as source:
+    kernels = edited / "pamm_compile" / "methods" / "pamm" / "triton"
+    with (kernels / "tiles.py").open("a") as source:
         source.write("\n# edited\n")
     missed = _run(cache, 256, edited)
     assert missed["aot"].get("autograd_cache_hit", 0) == 0

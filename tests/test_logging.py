@@ -104,4 +104,5 @@ def test_notes_count_as_declined(caplog: pytest.LogCaptureFixture) -> None:
         backend = pamm_compile.backend(4, min_tokens=1, base="aot_eager", seed=22)
         torch.compile(nn.Linear(32, 32), backend=backend)(torch.randn(24, 32))
     (line,) = _messages(caplog)
-    assert line == "0 of 0 sites, 0 B → 0 B; 1 declined: NO_ATTENTION ×1"
+    counted = "2 declined: UNCLEAR_TARGET ×1, NO_ATTENTION ×1"
+    assert line == f"0 of 1 sites, 0 B → 0 B; {counted}"
