@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-import torch
+from dataclasses import replace
 
 from pamm_compile import devices
 from pamm_compile.graph.joint import value
@@ -12,31 +10,9 @@ from pamm_compile.methods.base import Cost, Method, Size, exact_cost
 from pamm_compile.private import aot
 from pamm_compile.sites.projections import Site
 
-
-@dataclass(frozen=True)
-class Device:
-    """Rates by which times are estimated; of a kind of device, not of one."""
-
-    flops: float
-    """Per second, in float32."""
-    half_speedup: float
-    """How much faster in 16 bits."""
-    bandwidth: float
-    """Bytes a second."""
-    launch: float
-    """Seconds."""
-
-    def seconds(self, cost: Cost, dtype: torch.dtype) -> float:
-        """Return an estimate of the time that a cost takes."""
-        faster = self.half_speedup if dtype.itemsize == 2 else 1.0
-        flops = cost.wide_flops + (cost.flops - cost.wide_flops) / faster
-        # Of several kernels in a row, one waits for arithmetic and the next for memory.
-        return flops / self.flops + cost.bytes / self.bandwidth + cost.launches * self.launch
-
-
-# Only the balance matters, and a site is declined where that is clear. Of a CPU: two cores of a
-# server, from docs/benchmarks/cpu-kernels.md; of a GPU: an H100's data sheet.
-_DEVICES = {"cpu": Device(190e9, 4, 24e9, 20e-6), "cuda": Device(400e12, 2, 3.0e12, 3e-6)}
+# Of two cores of a server, from docs/benchmarks/cpu-kernels.md: floating-point operations a second
+# in float32, how much faster 16 bits are, bytes a second, seconds a kernel. The balance matters.
+_CPU_FLOPS, _CPU_HALF_SPEEDUP, _CPU_BANDWIDTH, _CPU_LAUNCH = 190e9, 4, 24e9, 20e-6
 
 
 def size_of(site: Site) -> Size:
@@ -72,14 +48,17 @@ def saved_time(method: Method, size: Size, gpu: devices.DeviceFigures | None = N
         As a share: 1 where it takes no time at all, 0 where it takes as long, below 0 where it
         takes longer.
     """
-    if gpu is None and size.device == "cuda":
-        # Whichever GPU it is: what is a gain on one is no loss on another where it is clear.
-        gpu = devices.device_named("h100")
-    if gpu is not None:
-        # Costs depend on the kind of device too.
-        size = replace(size, device="cuda")
-        return 1 - devices.site_seconds(method, size, gpu) / devices.exact_seconds(size, gpu)
-    device = _DEVICES.get(size.device, _DEVICES["cuda"])
-    return 1 - device.seconds(method.cost(size), size.dtype) / device.seconds(
-        exact_cost(size), size.dtype
-    )
+    if gpu is None and size.device == "cpu":
+        return 1 - _cpu_seconds(method.cost(size), size) / _cpu_seconds(exact_cost(size), size)
+    # Whichever accelerator it is: what is a gain on one is no loss on another where it is clear.
+    gpu = gpu or devices.device_named("h100")
+    # Costs depend on the kind of device too.
+    size = replace(size, device="cuda")
+    return 1 - devices.site_seconds(method, size, gpu) / devices.exact_seconds(size, gpu)
+
+
+def _cpu_seconds(cost: Cost, size: Size) -> float:
+    faster = _CPU_HALF_SPEEDUP if size.dtype.itemsize == 2 else 1
+    flops = cost.wide_flops + (cost.flops - cost.wide_flops) / faster
+    # Of several kernels in a row, one waits for arithmetic and the next for memory.
+    return flops / _CPU_FLOPS + cost.bytes / _CPU_BANDWIDTH + cost.launches * _CPU_LAUNCH

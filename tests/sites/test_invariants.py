@@ -44,6 +44,7 @@ def test_only_matched_weight_gradients_change(case: Case, autocast: bool) -> Non
     both = Both(backend)
     compiled = torch.compile(model, backend=both)
     exact = step(model, compiled, batch, case.loss, autocast=autocast)
+    first = len(backend.report.graphs)
     both.exact = False
     ours = step(model, compiled, batch, case.loss, autocast=autocast)
 
@@ -51,9 +52,11 @@ def test_only_matched_weight_gradients_change(case: Case, autocast: bool) -> Non
     assert exact.grads.keys() == ours.grads.keys()
     changed = {n for n, g in exact.grads.items() if not torch.equal(g, ours.grads[n])}
     assert changed == _expected(case, list(exact.grads))
-    # Dynamo may compile once more for the second call, and the report then lists all again.
-    assert len(backend.report.compressed) in (case.sites, 2 * case.sites)
-    assert {n for s in backend.report.compressed for n in s.parameters} == changed
+    # Dynamo may compile once more for the second call: what ran is what was compiled last.
+    graphs = backend.report.graphs[first:] or backend.report.graphs
+    compressed = [site for graph in graphs for site in graph.sites if site.compressed]
+    assert len(compressed) == case.sites
+    assert {n for s in compressed for n in s.parameters} == changed
     for name in changed:
         assert ours.grads[name].isfinite().all(), name
 
