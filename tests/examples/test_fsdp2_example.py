@@ -11,7 +11,7 @@ from pamm_testing.programs import assert_explained, run, start
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TINY = (
     "--layers", "1", "--hidden", "32", "--heads", "2", "--batch", "4", "--sequence", "64",
-    "--steps", "4", "--lr", "0.01", "--ratio", "8", "--device", "cpu",
+    "--steps", "4", "--lr", "0.01", "--ratio", "64", "--device", "cpu",
 )  # fmt: skip
 
 
@@ -35,8 +35,8 @@ def test_fsdp2(options: tuple[str, ...], tmp_path: Path) -> None:
         TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
     )
     assert "1 of 1 sites compressed in 1 training graph(s)" in printed
-    rows = re.findall(r"^(exact|PAMM 8) +([\d.]+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
-    assert [row[0] for row in rows] == ["exact", "PAMM 8"], printed
+    rows = re.findall(r"^(exact|PAMM 64) +([\d.]+) +([\d.]+) +([\d.]+)$", printed, re.MULTILINE)
+    assert [row[0] for row in rows] == ["exact", "PAMM 64"], printed
     exact, pamm = ([float(cell) for cell in row[1:]] for row in rows)
     assert exact[0] == pamm[0], "PAMM leaves forward alone"
     assert exact[1] != pamm[1], "later steps have other gradients behind them"
