@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import pamm_compile
 from pamm_compile.methods import register_lowerings
-from pamm_compile.methods.pamm.compression import site_seed
+from pamm_compile.methods.sampling import site_seed
 from pamm_compile.methods.seeds import site_seeds
 
 
