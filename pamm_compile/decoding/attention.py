@@ -19,7 +19,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
-    DynamicLayer,
     get_layer_types_and_kwargs,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -236,30 +235,6 @@ class AttendingLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self.select_rows(lambda t: t[indices.to(t.device)])
-
-
-class ChoosingCache(Cache):
-    """A cache whose first layers keep and attend to everything, and whose others choose.
-
-    Args:
-        make: makes the layer that chooses, one call a layer.
-        whole_layers: how many layers, from the first, do not.
-    """
-
-    def __init__(self, make: Callable[[], AttendingLayer], whole_layers: int) -> None:
-        super().__init__(layer_class_to_replicate=DynamicLayer)
-        self._make = make
-        self._whole_layers = whole_layers
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        while len(self.layers) <= layer_idx:
-            whole = len(self.layers) < self._whole_layers
-            self.layers.append(DynamicLayer() if whole else self._make())
-        layer: Any = self.layers[layer_idx]
-        updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        return updated
 
 
 def whole(

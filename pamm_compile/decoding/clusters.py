@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pamm_compile.decoding.attention import ChoosingCache, check_count
+from pamm_compile.decoding.attention import check_count
 from pamm_compile.decoding.kmeans import cosine_kmeans
-from pamm_compile.decoding.recall import RecallLayer, TokenStore
+from pamm_compile.decoding.recall import RecallLayer
+from pamm_compile.decoding.store import ChoosingCache
 from pamm_compile.errors import InvalidOptionError
 
 
@@ -260,6 +261,6 @@ class ClusterLayer(RecallLayer):
         return total + self.store.nbytes
 
     def clear(self) -> None:
-        self.store = TokenStore(self.store.host)
+        super().clear()
         self.hits = self.recalled = 0
         self._forget_clusters()

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pamm_compile.decoding.attention import AttendingLayer, ChoosingCache, check_count, whole
+from pamm_compile.decoding.attention import AttendingLayer, check_count, whole
+from pamm_compile.decoding.store import ChoosingCache
 
 # Queries whose attention weights over all keys are held at a time.
 _BLOCK = 256

@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pamm_compile.decoding.attention import ChoosingCache, check_count
-from pamm_compile.decoding.recall import RecallLayer, TokenStore
+from pamm_compile.decoding.attention import check_count
+from pamm_compile.decoding.recall import RecallLayer
+from pamm_compile.decoding.store import ChoosingCache
 
 
 class PageCache(ChoosingCache):
@@ -92,5 +93,5 @@ class PageLayer(RecallLayer):
         return super().nbytes + sum(b.nbytes for b in self.bounds)
 
     def clear(self) -> None:
-        self.store = TokenStore()
+        super().clear()
         self.bounds = []

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from pamm_compile.decoding.attention import ChoosingCache, check_count
+from pamm_compile.decoding.attention import check_count
 from pamm_compile.decoding.eviction import EvictingLayer, take
+from pamm_compile.decoding.store import ChoosingCache
 from pamm_compile.errors import InvalidOptionError
 
 # Queries of a frame, and between one and the next.

@@ -126,8 +126,8 @@ def test_first_layers_are_whole() -> None:
     cache = decoding.ClusterCache(12, sinks=2)
     generate(model, prompt(), past_key_values=cache)
     assert [type(layer).__name__ for layer in cache.layers] == [
-        "DynamicLayer",
-        "DynamicLayer",
+        "WholeLayer",
+        "WholeLayer",
         "ClusterLayer",
     ]
 

@@ -69,12 +69,13 @@ def main() -> None:
     facts = machine.facts(threads=args.threads)
     cli.announce(facts)
     text = corpus.Text()
+    options = {**cli.options(args), "models": [folder.name for folder in args.models]}
 
     def note(**record: Any) -> None:
         print(json.dumps(record), flush=True)
         if args.out:
             with args.out.open("a") as file:
-                file.write(json.dumps({**record, "options": cli.options(args), **facts}) + "\n")
+                file.write(json.dumps({**record, "options": options, **facts}) + "\n")
 
     for folder in args.models:
         whole = hf.AutoModelForCausalLM.from_pretrained(folder)

@@ -33,7 +33,7 @@ ARMS = ("full", "full, static cache", "clusters", "factored, pairs", "factored, 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--lengths", nargs="+", type=cli.positive, default=[1024, 4096, 16384])
+    parser.add_argument("--lengths", nargs="+", type=cli.positive, default=[1024, 4096, 32768])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--budget", type=cli.positive, default=1024, help="of clusters")
     parser.add_argument("--layers", type=cli.positive, default=8)

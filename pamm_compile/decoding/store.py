@@ -1,0 +1,146 @@
+"""Layers that keep every token, and the cache that mixes them with layers that choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from pamm_compile.decoding.attention import AttendingLayer, whole
+
+# Tokens of spare room, so that a new token does not copy all others.
+_ROOM = 256
+
+
+class TokenStore:
+    """Keys and values in order of arrival, in buffers with room to grow.
+
+    Args:
+        host: hold them in the host's memory, wherever the model is.
+    """
+
+    def __init__(self, host: bool = False) -> None:
+        self.host = host
+        self.length = 0
+        self.buffers: list[Tensor] = []
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Add [batch, key heads, q, d] keys and as many values."""
+        end = self.length + key.shape[2]
+        if not self.buffers:
+            self.buffers = [self._empty(t, end + _ROOM) for t in (key, value)]
+        elif end > self.buffers[0].shape[2]:
+            grown = [self._empty(t, end + max(_ROOM, end // 8)) for t in self.buffers]
+            for new, old in zip(grown, self.buffers, strict=True):
+                new[:, :, : self.length] = old[:, :, : self.length]
+            self.buffers = grown
+        for buffer, new in zip(self.buffers, (key, value), strict=True):
+            buffer[:, :, self.length : end] = new
+        self.length = end
+
+    def _empty(self, like: Tensor, length: int) -> Tensor:
+        device = torch.device("cpu") if self.host else like.device
+        shape = (*like.shape[:2], length, like.shape[3])
+        pinned = self.host and torch.cuda.is_available()
+        return torch.empty(shape, dtype=like.dtype, device=device, pin_memory=pinned)
+
+    @property
+    def keys(self) -> Tensor:
+        """[batch, key heads, length, d], where they are held."""
+        return self.buffers[0][:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor:
+        """[batch, key heads, length, d_v], where they are held."""
+        return self.buffers[1][:, :, : self.length]
+
+    def gather(self, index: Tensor) -> list[Tensor]:
+        """Keys and values [batch, heads, n, d] at `index` [batch, heads, n], on its device.
+
+        Heads are query heads; each group of them reads the key head it belongs to.
+        """
+        batch, heads, count = index.shape
+        rows = self.rows(index).flatten().to(self.buffers[0].device)
+        return [
+            b.flatten(0, 2).index_select(0, rows).view(batch, heads, count, -1).to(index.device)
+            for b in self.buffers
+        ]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Turn token numbers [batch, heads, n] into rows of the flattened buffers."""
+        batch, heads, _ = index.shape
+        _, key_heads, room, _ = self.buffers[0].shape
+        first = torch.arange(batch * key_heads, device=index.device).view(batch, key_heads) * room
+        return index + first.repeat_interleave(heads // key_heads, 1)[..., None]
+
+    def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        self.buffers = [choose(b) for b in self.buffers]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(b.nbytes for b in self.buffers)
+
+
+class WholeLayer(AttendingLayer):
+    """Keeps every token, and lets every query attend to all of them.
+
+    It does what Transformers' `DynamicLayer` does, which copies all keys and values for each token.
+
+    Args:
+        host: hold keys and values in the host's memory.
+    """
+
+    is_croppable = True
+
+    def __init__(self, host: bool = False) -> None:
+        super().__init__()
+        self.store = TokenStore(host)
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        self.store.append(key, value)
+
+    def choose_and_attend(
+        self, module: nn.Module, query: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
+        keys, values = (t.to(query.device) for t in (self.store.keys, self.store.values))
+        return whole(module, query, keys, values, mask, scaling)
+
+    def forget_last(self, count: int) -> None:
+        self.store.length -= count
+
+    def select_rows(self, choose: Callable[[Tensor], Tensor]) -> None:
+        self.store.select_rows(choose)
+
+    @property
+    def nbytes(self) -> int:
+        return self.store.nbytes
+
+    def clear(self) -> None:
+        self.store = TokenStore(self.store.host)
+
+
+class ChoosingCache(Cache):
+    """A cache whose first layers keep and attend to everything, and whose others choose.
+
+    Args:
+        make: makes the layer that chooses, one call a layer.
+        whole_layers: how many layers, from the first, do not.
+    """
+
+    def __init__(self, make: Callable[[], AttendingLayer], whole_layers: int) -> None:
+        super().__init__(layer_class_to_replicate=WholeLayer)
+        self._make = make
+        self._whole_layers = whole_layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        while len(self.layers) <= layer_idx:
+            whole = len(self.layers) < self._whole_layers
+            self.layers.append(WholeLayer() if whole else self._make())
+        layer: Any = self.layers[layer_idx]
+        updated: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return updated
