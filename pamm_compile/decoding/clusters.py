@@ -34,6 +34,8 @@ class ClusterCache(ChoosingCache):
         interval: new tokens that are gathered, all of them attended to beside the budget, before
             they are divided into clusters of their own.
         iterations: of k-means.
+        segment: tokens of a prompt that are clustered together; a longer one is cut into segments,
+            so that the time of k-means grows with the prompt and not with its square.
         whole_layers: layers, from the first, that attend to everything.
         offload: hold keys and values in the host's memory, and on the device what the last step
             recalled.
@@ -56,6 +58,7 @@ class ClusterCache(ChoosingCache):
         tokens_per_cluster: int = 80,
         interval: int = 320,
         iterations: int = 8,
+        segment: int = 8192,
         whole_layers: int = 2,
         offload: bool = False,
     ) -> None:
@@ -64,9 +67,10 @@ class ClusterCache(ChoosingCache):
         check_count("tokens_per_cluster", tokens_per_cluster, 1)
         check_count("interval", interval, 1)
         check_count("iterations", iterations, 0)
+        check_count("segment", segment, 1)
         check_count("whole_layers", whole_layers, 0)
         layer = partial(
-            ClusterLayer, budget, sinks, tokens_per_cluster, interval, iterations, offload
+            ClusterLayer, budget, sinks, tokens_per_cluster, interval, iterations, segment, offload
         )
         super().__init__(layer, whole_layers)
         self._offload = offload
@@ -98,6 +102,7 @@ class ClusterLayer(RecallLayer):
         tokens_per_cluster: int,
         interval: int,
         iterations: int,
+        segment: int,
         offload: bool,
     ) -> None:
         super().__init__(budget, host=offload)
@@ -105,6 +110,7 @@ class ClusterLayer(RecallLayer):
         self.tokens_per_cluster = tokens_per_cluster
         self.interval = interval
         self.iterations = iterations
+        self.segment = segment
         self.hits = self.recalled = 0
         self._forget_clusters()
 
@@ -194,22 +200,31 @@ class ClusterLayer(RecallLayer):
 
     def _divide(self, keys: Tensor, tokens: Tensor, longest: int) -> dict[str, Tensor]:
         """Cluster the keys [n, d] numbered in `tokens`, filled up to what `longest` tokens need."""
-        count = -(-int(tokens.numel()) // self.tokens_per_cluster)
-        clusters = -(-longest // self.tokens_per_cluster)
+        clusters = self._clusters_of(longest)
         means = keys.new_zeros(clusters, keys.shape[1], dtype=torch.float32)
         sizes = tokens.new_zeros(clusters)
         members = tokens.new_zeros(longest)
-        if count:
-            index, means[:count], sizes[:count] = cosine_kmeans(
-                keys[tokens], count, self.iterations
+        for start in range(0, tokens.numel(), self.segment):
+            part = tokens[start : start + self.segment]
+            first = self._clusters_of(start)
+            these = slice(first, first + self._clusters_of(part.numel()))
+            index, means[these], sizes[these] = cosine_kmeans(
+                keys[part], these.stop - these.start, self.iterations
             )
-            members[: tokens.numel()] = tokens[index.argsort(stable=True)] + self.clustered
+            ordered = part[index.argsort(stable=True)] + self.clustered
+            members[start : start + part.numel()] = ordered
         return {
             "means": means,
             "sizes": sizes,
             "starts": sizes.cumsum(0) - sizes,
             "members": members,
         }
+
+    def _clusters_of(self, tokens: int) -> int:
+        segments, rest = divmod(tokens, self.segment)
+        return segments * -(-self.segment // self.tokens_per_cluster) + -(
+            -rest // self.tokens_per_cluster
+        )
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         if not self.store.host:

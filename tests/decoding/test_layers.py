@@ -31,13 +31,16 @@ CACHES: dict[str, Callable[[], Any]] = {
     "clusters offloaded": lambda: decoding.ClusterCache(
         16, sinks=3, tokens_per_cluster=4, interval=5, whole_layers=0, offload=True
     ),
+    "clusters in segments": lambda: decoding.ClusterCache(
+        16, sinks=3, tokens_per_cluster=4, interval=5, segment=14, whole_layers=0
+    ),
     "pages": lambda: decoding.PageCache(16, page=4, whole_layers=0),
     "window": lambda: decoding.WindowCache(16, sinks=3),
     "heavy hitters": lambda: decoding.HeavyHitterCache(16, recent=5),
     "norms": lambda: decoding.NormCache(16, recent=5, whole_layers=0),
     "policy": lambda: decoding.EvictionCache(random_policy(), budget=16, interval=4),
 }
-KEEPING = ("clusters", "clusters offloaded", "pages")
+KEEPING = ("clusters", "clusters offloaded", "clusters in segments", "pages")
 EVICTING = ("window", "heavy hitters", "norms", "policy")
 
 
@@ -94,20 +97,23 @@ class Stream:
 class PlainClusters:
     """`ClusterCache`, one head of one row."""
 
-    def __init__(self) -> None:
+    def __init__(self, segment: int = 100) -> None:
         self.clusters: list[tuple[Tensor, list[int]]] = []
         self.done = 0
+        self.segment = segment
 
     def chosen(self, s: Stream, row: int, head: int, token: int) -> list[int]:
         key_head = head // (HEADS // KEY_HEADS)
         real = [t for t in range(token) if s.valid[row, t]]
         sinks = real[:3]
         if not self.done or token + 1 - self.done > 5:
-            new = [t for t in real[3:] if t >= self.done]
-            keys = s.key[row, key_head, new].float()
-            index, means = self.kmeans(keys, -(-len(new) // 4))
-            for j, mean in enumerate(means):
-                self.clusters.append((mean, [t for t, i in zip(new, index, strict=True) if i == j]))
+            unclustered = [t for t in real[3:] if t >= self.done]
+            for start in range(0, len(unclustered), self.segment):
+                new = unclustered[start : start + self.segment]
+                index, means = self.kmeans(s.key[row, key_head, new].float(), -(-len(new) // 4))
+                for j, mean in enumerate(means):
+                    members = [t for t, i in zip(new, index, strict=True) if i == j]
+                    self.clusters.append((mean, members))
             self.done = token
         query = s.query[row, head, token].float()
         order = sorted(self.clusters, key=lambda c: -float(c[0] @ query))
@@ -202,9 +208,10 @@ class PlainNorms(PlainEviction):
         return float("inf") if t > last - 5 else -float(key[t].float().norm())
 
 
-PLAIN: dict[str, type] = {
+PLAIN: dict[str, Callable[[], Any]] = {
     "clusters": PlainClusters,
     "clusters offloaded": PlainClusters,
+    "clusters in segments": lambda: PlainClusters(segment=14),
     "pages": PlainPages,
     "window": PlainWindow,
     "heavy hitters": PlainHeavyHitters,

@@ -28,7 +28,14 @@ from examples.benchmarks import cli, machine, tables, timing
 from pamm_compile import decoding
 from pamm_compile.decoding.attention import AttendingLayer
 
-ARMS = ("full", "full, static cache", "clusters", "factored, pairs", "factored, before")
+ARMS = (
+    "full",
+    "full, static cache",
+    "clusters",
+    "factored, pairs",
+    "factored, pairs, static cache",
+    "factored, before",
+)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -79,15 +86,61 @@ def arm(name: str, args: argparse.Namespace, length: int) -> tuple[Any, Any]:
     model = build(args, length)
     width = args.hidden // args.heads
     cache: Any = hf.DynamicCache()
-    if name == "full, static cache":
+    if name.endswith("static cache"):
         cache = hf.StaticCache(model.config, max_cache_len=length + 64)
     elif name == "clusters":
         cache = decoding.ClusterCache(args.budget)
-    elif name.startswith("factored"):
+    if name.startswith("factored"):
         width //= 4
-        decoding.factor_keys(model, width, rotary="pairs" if name.endswith("pairs") else "before")
+        decoding.factor_keys(model, width, rotary="before" if "before" in name else "pairs")
     fill(cache, args, length, width)
     return model, cache
+
+
+def measure(args: argparse.Namespace, length: int) -> list[dict[str, Any]]:
+    """One record an arm: its first step, which makes the clusters, and a time for each round."""
+    made = {name: arm(name, args, length) for name in args.arms}
+    device = torch.device("cpu")
+
+    def step(name: str) -> float:
+        model, cache = made[name]
+        call = partial(model, torch.tensor([[65]]), cache=cache, use_cache=True)
+        return timing.seconds(call, device)
+
+    first = {name: step(name) for name in args.arms}
+    times: dict[str, list[float]] = {name: [] for name in args.arms}
+    for round_ in range(args.rounds):
+        for name in timing.in_turn(args.arms, round_):
+            times[name].append(step(name))
+    return [
+        {
+            "length": length,
+            "arm": name,
+            "first_seconds": first[name],
+            "seconds": times[name],
+            "cache_bytes": decoding.cache_bytes(made[name][1]),
+        }
+        for name in args.arms
+    ]
+
+
+def rows(records: list[dict[str, Any]]) -> list[list[str]]:
+    """A row a record: times, and their ratios to both kinds of full attention, round by round."""
+    seconds = {(r["length"], r["arm"]): r["seconds"] for r in records}
+    found = []
+    for record in records:
+        row = [f"{record['length']:,}", record["arm"]]
+        row.append(f"{1000 * statistics.median(record['seconds']):.1f}")
+        for base in ARMS[:2]:
+            base_seconds = seconds.get((record["length"], base))
+            ratios = base_seconds and timing.paired_ratios(record["seconds"], base_seconds)
+            row.append(str(timing.quartiles(ratios)) if ratios else "-")
+        row.append(f"{record['first_seconds']:.1f}")
+        found.append([*row, tables.mebibytes(record["cache_bytes"])])
+    return found
+
+
+HEADER = ["tokens", "arm", "ms a token", "by full", "by full, static", "first token, s", "MiB"]
 
 
 @torch.no_grad()
@@ -96,46 +149,16 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     facts = machine.facts(threads=args.threads)
     cli.announce(facts)
-    rows = []
+    records = []
     for length in args.lengths:
-        made = {name: arm(name, args, length) for name in args.arms}
-        token = torch.tensor([[65]])
-        times: dict[str, list[float]] = {name: [] for name in args.arms}
-        device = torch.device("cpu")
-        for name, (model, cache) in made.items():
-            # The first step makes the clusters.
-            first = timing.seconds(partial(model, token, cache=cache, use_cache=True), device)
-            print(f"{length} {name}: first step {first:.2f} s", flush=True)
-        for round_ in range(args.rounds):
-            for name in timing.in_turn(args.arms, round_):
-                model, cache = made[name]
-                call = partial(model, token, cache=cache, use_cache=True)
-                times[name].append(timing.seconds(call, device))
-        for name in args.arms:
-            ratio = timing.quartiles(timing.paired_ratios(times[name], times[args.arms[0]]))
-            record = {
-                "length": length,
-                "arm": name,
-                "milliseconds": 1000 * statistics.median(times[name]),
-                "ratio": ratio.median,
-                "quartiles": [ratio.low, ratio.high],
-                "cache_bytes": decoding.cache_bytes(made[name][1]),
-            }
+        for record in measure(args, length):
+            print(rows([record])[0], flush=True)
+            records.append(record)
             if args.out:
                 with args.out.open("a") as file:
                     settings = {**cli.options(args), **facts}
                     file.write(json.dumps({**record, "facts": settings}) + "\n")
-            rows.append(
-                [
-                    str(length),
-                    name,
-                    f"{record['milliseconds']:.1f}",
-                    str(ratio),
-                    tables.mebibytes(decoding.cache_bytes(made[name][1])),
-                ]
-            )
-            print(rows[-1], flush=True)
-    print(tables.text(["length", "arm", "ms a token", "by full", "MiB"], rows))
+    print(tables.text(HEADER, rows(records)))
 
 
 if __name__ == "__main__":
