@@ -11,11 +11,11 @@ from pamm_compile import checks
 from pamm_compile.checks import unknown_option
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.methods.pamm.method import Pamm
-from pamm_compile.rules import Rule, Rules, check_target, make_rules
+from pamm_compile.rules import Named, Rule, Rules, check_target, make_rules
 
 Base = Literal["inductor", "aot_eager"]
 Goal = Literal["memory", "speed", "any"]
-Targets = Literal["qkv", "attention", "mlp", "head", "linear"] | re.Pattern[str]
+Targets = Named | re.Pattern[str]
 
 _SEED_LIMIT = 2**31
 

@@ -12,13 +12,15 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from pamm_compile import checks
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.methods import METHODS, fingerprint
 from pamm_compile.methods.base import Method
 
-NAMED_TARGETS = ("qkv", "attention", "mlp", "head", "linear")
+Named = Literal["qkv", "attention", "mlp", "head", "linear"]
+NAMED_TARGETS: tuple[str, ...] = get_args(Named)
 
 Target = str | re.Pattern[str]
 Rules = tuple["Rule", ...]

@@ -9,7 +9,8 @@ A page holds a table between two comments, and what is between them is this scri
     <!-- end -->
 
 To publish a figure: put the raw record that its script wrote into docs/benchmarks/, name its table
-in TABLES, write the two comments where it belongs, and run this.
+in TABLES, write the two comments where it belongs, and run this. Pages show what decides something;
+whole tables are in docs/benchmarks/tables.md.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,10 +37,11 @@ from examples.benchmarks import (
     output,
     partitions,
     quality,
+    study_estimators,
     tables,
 )
 from examples.benchmarks.machine import CHECKOUT
-from examples.benchmarks.timing import paired_ratios, quartiles
+from examples.benchmarks.timing import Quartiles, paired_ratios, quartiles
 from pamm_compile.devices import device_named
 from pamm_compile.methods.pamm.triton import plan
 from pamm_compile.methods.pamm.triton.model import limits_of
@@ -57,16 +59,46 @@ def _steps(model: str) -> list[str]:
     return output.model_table(_record("cpu/benchmark.json")["models"][model])
 
 
-def _twins() -> list[str]:
-    rows = []
+class _Twins(NamedTuple):
+    """A PAMM arm and the exact arm of its setting."""
+
+    model: str
+    mine: str
+    theirs: str
+    saved: str
+    peak: str
+    time: Quartiles
+
+
+def _pairs() -> Iterator[_Twins]:
     for name, model in _record("cpu/benchmark.json")["models"].items():
         arms = output.measured(model)
         for mine, theirs in output.twins(arms):
             ratios = [arms[mine][key] / arms[theirs][key] for key in output.METRICS.values()]
             peak, saved = (f"{ratio:.3f}" for ratio in ratios)
             time = quartiles(paired_ratios(arms[mine]["times_s"], arms[theirs]["times_s"]))
-            rows.append([f"{output.NAMES[name]}: {mine} by {theirs}", saved, peak, str(time)])
+            yield _Twins(name, mine, theirs, saved, peak, time)
+
+
+def _twins() -> list[str]:
+    rows = [
+        [f"{output.NAMES[p.model]}: {p.mine} by {p.theirs}", p.saved, p.peak, str(p.time)]
+        for p in _pairs()
+    ]
     return tables.markdown(["at the same setting", "saved", "peak", "time (quartiles)"], rows)
+
+
+def _twins_in_short() -> list[str]:
+    """Return the models' ratios by setting, in the order of the record."""
+    by_setting: dict[str, list[_Twins]] = {}
+    for pair in _pairs():
+        by_setting.setdefault(pair.theirs, []).append(pair)
+    rows = []
+    for setting, pairs in by_setting.items():
+        times = ", ".join(f"{pair.time.median:.3f}" for pair in pairs)
+        saved, peaks = (", ".join(getattr(p, what) for p in pairs) for what in ("saved", "peak"))
+        rows.append([setting, saved, peaks, times])
+    return tables.markdown(["setting", "saved", "peak", "time"], rows)
 
 
 def _first_screen() -> list[str]:
@@ -99,6 +131,13 @@ def _first_loss() -> list[str]:
         each = ", ".join(f"{gap:+.3f}" for gap in gaps) if method != "exact" else "-"
         rows.append([name, ", ".join(f"{loss:.3f}" for loss in of[method].values()), each])
     return tables.markdown(["tuning, three seeds", "validation loss", "above exact"], rows)
+
+
+def _only(lines: list[str], names: Sequence[str]) -> list[str]:
+    """Return the lines of a table up to its rule, and of its rows those of these names."""
+    rule = next(number for number, line in enumerate(lines) if line.startswith("|--"))
+    rows = {line.split("|")[1].strip(" `"): line for line in lines[rule + 1 :] if "|" in line}
+    return lines[: rule + 1] + [rows[name] for name in names]
 
 
 def _losses(name: str) -> list[str]:
@@ -143,6 +182,25 @@ def _compiled() -> list[str]:
 
 
 H100 = device_named("h100")
+SHOWN_ARMS = (
+    "compile",
+    "PAMM",
+    "compile + budget 0.99",
+    "PAMM + budget 0.99",
+    "compile + budget 0.5",
+    "PAMM + budget 0.5",
+    "compile + checkpointing",
+)
+SHOWN_METHODS = (
+    "generators:2",
+    "generators:16",
+    "generators:32",
+    "generators:32 on mlp",
+    "generators:32 on qkv+mlp",
+    "generators:fill=13.5",
+    "directions:fill=13.5",
+    "sketch:fill=13.5",
+)
 TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
@@ -150,17 +208,33 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "steps-gpt2": lambda: _steps("gpt2"),
     "steps-roberta": lambda: _steps("roberta"),
     "steps-twins": _twins,
+    "steps-twins-shown": _twins_in_short,
     "bytes-qkv": lambda: partitions.qkv_table(_record("partitions.json")["models"]),
     "bytes-arms": lambda: partitions.arms_table(_record("partitions.json")["models"]),
+    "bytes-arms-shown": lambda: _only(
+        partitions.arms_table(
+            {n: m for n, m in _record("partitions.json")["models"].items() if n != "llama-350m"}
+        ),
+        SHOWN_ARMS,
+    ),
     "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
+    "loss-tuning-shown": lambda: _only(TABLES["loss-tuning"](), SHOWN_METHODS),
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
     "loss-batch": lambda: _losses("quality-batch.jsonl"),
+    "subspace-variants": lambda: study_estimators.text_table(
+        [_record("estimators-512-variants-seed0.json")]
+    ).splitlines(),
     "kernels-compiled": _compiled,
     "device-kernels": lambda: device_model.kernels_table(H100),
     "device-sites": lambda: device_model.sites_table(H100, device_model.METHODS),
     "device-steps": lambda: device_model.steps_table(H100, device_model.METHODS),
+    "device-steps-shown": lambda: [
+        line
+        for line in device_model.steps_table(H100, ("pamm:256", "pamm:64", "pamm:32"))
+        if "| q, k, v |" not in line
+    ],
     "gradients-512": lambda: _as_written_today(
         fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
     ),
@@ -169,7 +243,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 
 def pages() -> list[Path]:
     """Return the pages that may hold tables."""
-    return [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").glob("*.md"))]
+    docs = CHECKOUT / "docs"
+    return [CHECKOUT / "README.md", *sorted(docs.glob("*.md")), docs / "benchmarks" / "tables.md"]
 
 
 def written(text: str, page: str) -> str:

@@ -12,7 +12,7 @@ from pamm_testing.programs import CHECKOUT
 import pamm_compile
 from examples.benchmarks import results
 
-PAGES = [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")]
+PAGES = results.pages()
 
 
 def _anchors(page: Path) -> set[str]:
@@ -37,6 +37,13 @@ def test_programs_and_tests_exist(page: Path) -> None:
     text = page.read_text()
     for name in re.findall(r"(?<![\w/])(?:examples|tests|\.ci)/[\w/.]+[\w/]", text):
         assert (CHECKOUT / name).exists(), f"{page.name} names {name}"
+
+
+def test_tests_that_pages_name_exist() -> None:
+    sources = "\n".join(path.read_text() for path in (CHECKOUT / "tests").rglob("test_*.py"))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+)`", page.read_text()):
+            assert f"def {name}(" in sources, f"{page.name} names {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

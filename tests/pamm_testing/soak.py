@@ -1,7 +1,7 @@
 """Train small models for many steps of ever other shapes, and watch memory.
 
-    python tests/soak/soak.py --steps 2000
-    python tests/soak/soak.py --steps 2000 --reset
+    python tests/pamm_testing/soak.py --steps 2000
+    python tests/pamm_testing/soak.py --steps 2000 --reset
 
 Prints one JSON line per round. Every model is compiled for one shape and then, once a second comes,
 for all; with --reset a round ends with `torch._dynamo.reset()`, and the next does so again.

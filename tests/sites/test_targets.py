@@ -12,7 +12,11 @@ from pamm_testing.forms import Attention, _sdpa
 from pamm_testing.graphs import look
 from pamm_testing.zoo import BATCH, LENGTH, WIDTH
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.nn import functional as F
+
+from pamm_compile import rules
+from pamm_compile.sites.roles import Roles
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -108,6 +112,22 @@ def test_gates_belong_to_attention_and_experts_to_the_mlp() -> None:
     experts = {f"{name}.{i}.weight" for name in ("up", "down") for i in range(2)}
     assert found.held("mlp") == experts
     assert found.held("linear") - found.held("mlp") - found.held("attention") == {"router.weight"}
+
+
+def test_a_named_target_is_a_role_and_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/extending.md says of adding one: roles.py and rules.py, and nothing else."""
+    targets_of = Roles._targets_of
+
+    def with_rest(self: Roles, node: Node, *inputs: Node) -> tuple[set[str], str | None]:
+        targets, unclear = targets_of(self, node, *inputs)
+        return (targets | {"rest"} if targets == {"linear"} else targets), unclear
+
+    monkeypatch.setattr(Roles, "_targets_of", with_rest)
+    monkeypatch.setattr(rules, "NAMED_TARGETS", (*rules.NAMED_TARGETS, "rest"))
+    found = look(_Gated(), {"x": torch.randn(BATCH, LENGTH, WIDTH)}, "rest=pamm:4")
+    assert found.held("rest") == {"router.weight"}
+    # The experts read the same input.
+    assert found.reasons == {"router.weight": "SHARED_INPUT"}
 
 
 def test_a_stack_of_layers_without_a_stream_has_no_clear_target() -> None:

@@ -1,7 +1,7 @@
 """`pamm::assign` as one Triton template.
 
 A program takes a tile of tokens, goes over the generators tile by tile and keeps the best of each
-row. X is read once for k ≤ 256, and through the L2 cache once more for every further 256.
+row. X is read once for every tile of generators, after the first mostly from the L2 cache.
 """
 
 from __future__ import annotations
