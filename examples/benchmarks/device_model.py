@@ -38,7 +38,7 @@ from pamm_compile.rules import parse_rules
 
 MODELS = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
 DEVICES = ("a100", "h100", "h200", "mi300x")
-METHODS = ("pamm:1024", "pamm:256", "pamm:128", "pamm:64", "pamm:32")
+METHODS = ("pamm:1024", "pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125")
 GENERATORS = (64, 128, 256, 512)
 _SITES = {"q, k, v": 3, "gate, up": 2, "down": 1}
 

@@ -33,6 +33,9 @@ TOKENS_A_SCALE = 256
 """Coefficients of so many tokens along one direction share a scale."""
 
 _MULTIPLE = 8
+# Of blocked right-looking algorithms, as libraries for GPUs have them: columns at a time, and
+# kernels for each in a Cholesky factorisation (3) and a triangular solve (2). Assumed, not measured.
+_PANEL, _KERNELS_A_PANEL = 32, 5
 _BASIS_LEVELS = 127
 # Of the Gram matrix's trace: what has less of it is lost in its rounding anyway.
 _SHIFT = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -184,11 +187,15 @@ class Subspace:
         s = self.rows * r
         # In float64, which takes twice the time of float32 where both run at full rate.
         squared = 2 * (3 * n * r * r + r**3 // 3)
-        orthonormal = Cost(squared, 24 * n * r, 4, squared)
+        # On a GPU a factorisation and a solve go through the matrix in steps that wait for one
+        # another, each of a few kernels; that, and not arithmetic, is what they take there.
+        waits = 0 if size.device == "cpu" else _KERNELS_A_PANEL * -(-r // _PANEL)
+        orthonormal = Cost(squared, 24 * n * r, 4 + waits, squared)
         find = Cost(2 * s * n, s * n * (item + 4), 2, 2 * s * n)
         for _ in range(self.iterations):
             power = 4 * s * n * r
-            find += Cost(power, (2 * s * n + 2 * s * r + 2 * n * r) * 4, 2, power) + orthonormal
+            moved = (2 * s * n + 2 * s * r + 2 * n * r) * item
+            find += Cost(power, moved, 2, power if item > 2 else 0) + orthonormal
         find += orthonormal
         encode = Cost(
             2 * b * n * r + 4 * b * r,
@@ -223,7 +230,7 @@ def principal_directions(x: Tensor, r: int, seed: Tensor, *, rows: int, iteratio
         iterations: at least 0.
 
     Returns:
-        Q, [r, n], float32, or float64 if x is.
+        Q, [r, n], float32, or float64 if x is. Of a 16-bit x the iterations multiply in bfloat16.
     """
     tokens = x.shape[0]
     if isinstance(tokens, int):
@@ -239,8 +246,13 @@ def principal_directions(x: Tensor, r: int, seed: Tensor, *, rows: int, iteratio
     number = torch.arange(count, device=x.device) + (seed & 0)
     weight = site_seed(seed, cast(int, number)).to(sampled.dtype) * 2.0**-30 - 1
     basis = _orthonormal((weight[:, None] * sampled).view(rows, r, x.shape[1]).sum(0))
+    # Directions need not be exact, only orthonormal: rounding them adds less to the gradient's
+    # error than 4-bit coefficients do, and float32 matmuls are what a GPU is slowest at.
+    narrow = torch.bfloat16 if x.dtype.itemsize == 2 else sampled.dtype
+    rounded = sampled.to(narrow)
     for _ in range(iterations):
-        basis = _orthonormal((basis @ sampled.T) @ sampled)
+        power = (basis.to(narrow) @ rounded.T) @ rounded
+        basis = _orthonormal(power.to(sampled.dtype))
     return basis
 
 

@@ -233,6 +233,22 @@ def test_directions_hold_what_the_best_hold() -> None:
     assert best <= found < 1.2 * best
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_directions_of_16_bits_are_nearly_those_of_32(dtype: torch.dtype, scale: float) -> None:
+    """Where one direction is 300 times as strong as the last one that is kept, and has an offset."""
+    spectrum = torch.logspace(0, -2.5, 48)
+    x = scale * (normal(1, 512, 48) * spectrum @ torch.linalg.qr(normal(2, 48, 48)).Q + 0.1)
+    narrow = x.to(dtype)
+    wide = narrow.double()
+
+    def left_over(of: Tensor) -> float:
+        basis = principal_directions(of, 24, torch.tensor(5), rows=8, iterations=1).double()
+        return error(wide @ basis.T @ basis, wide)
+
+    assert left_over(narrow) < 1.15 * left_over(narrow.float())
+
+
 @given(seeds, tokens_, widths, ranks, bits_, st.sampled_from(FLOATS), st.booleans())
 @settings(max_examples=60)
 def test_stored_bytes_are_those_stored(
