@@ -4,6 +4,7 @@
     python examples/train.py --ratio 64 256 512            several ratios of the paper's PAMM
     python examples/train.py --rules "mlp=pamm:32"         other rules in place of the whole model
     python examples/train.py --pretrain 0 --steps 300      from random weights
+    python examples/train.py --lora 8                      adapters of every linear layer, by PEFT
     python examples/train.py --device cuda --dtype bfloat16 --hidden 512 --heads 8
 
 A first phase trains exactly on code (the Python standard library's sources); then every arm goes on
@@ -59,11 +60,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ratio", type=float, nargs="+", default=[256], help="tokens a generator")
+    parser.add_argument("--ratio", type=float, nargs="*", default=[256], help="tokens a generator")
     parser.add_argument("--rules", default=WHOLE_MODEL, help=f"of the last arm: {WHOLE_MODEL}")
     parser.add_argument("--pretrain", type=int, default=200, help="exact steps on code first")
     parser.add_argument("--steps", type=int, default=100, help="steps of every arm")
-    parser.add_argument("--lr", type=float, help="peak; default: 5e-4, or 2e-3 from random weights")
+    parser.add_argument("--lora", type=int, metavar="R", help="tune adapters of this rank alone")
+    parser.add_argument("--lr", type=float, help="peak; default: 5e-4, or 2e-3 for new weights")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=128, help="features, n")
     parser.add_argument("--heads", type=int, default=4)
@@ -74,7 +76,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of table and plot")
     args = parser.parse_args(arguments)
-    args.lr = args.lr or (5e-4 if args.pretrain else 2e-3)
+    args.lr = args.lr or (5e-4 if args.pretrain and not args.lora else 2e-3)
     return args
 
 
@@ -235,6 +237,12 @@ def main() -> None:
         # What the model is then tuned on it must not have seen.
         train([exactly], code(without="pydoc_data")[0], args.pretrain, 2e-3, args)
         initial = exactly.model
+    if args.lora:
+        # Adapters alone keep X for their A: the weights beside them are frozen.
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(r=args.lora, lora_alpha=2 * args.lora, target_modules="all-linear")
+        initial = get_peft_model(initial, adapters)
     seen, unseen = prose() if args.pretrain else code()
     # Dynamo keeps compiled code per function, and all runs share theirs.
     chosen = arms(args)

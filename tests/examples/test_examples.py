@@ -69,6 +69,21 @@ def test_train(run_here: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_code")
+def test_train_tunes_adapters(run_here: Run, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="of the extra [trainers]")
+    printed = run_here(
+        "train.py", *TINY, "--pretrain", 0, "--steps", 3, "--lora", 4, "--ratio",
+        "--rules", "linear=subspace:4", "--out", tmp_path,
+    )  # fmt: skip
+    exact, ours = json.loads((tmp_path / "train-seed0.json").read_text())["runs"]
+    assert ours["losses"][0] == pytest.approx(exact["losses"][0], abs=1e-5)
+    # B starts at zero: A has its first gradient in the second step.
+    assert ours["losses"] != exact["losses"]
+    assert ours["saved_bytes"] < exact["saved_bytes"]
+    assert "mlp.down_proj.lora_A.default.weight" in printed
+
+
+@pytest.mark.usefixtures("no_code")
 def test_compare_memory(run_here: Run) -> None:
     options = ("--vocabulary", 300, "--ratio", 64, "--steps", 1, "--dtype", "bfloat16")
     printed = run_here("compare_memory.py", *TINY, *options)
