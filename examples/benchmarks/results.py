@@ -232,7 +232,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "device-steps": lambda: device_model.steps_table(H100, device_model.METHODS),
     "device-steps-shown": lambda: [
         line
-        for line in device_model.steps_table(H100, ("pamm:256", "pamm:64", "pamm:32"))
+        for line in device_model.steps_table(H100, device_model.METHODS)
         if "| q, k, v |" not in line
     ],
     "gradients-512": lambda: _as_written_today(
