@@ -34,7 +34,7 @@ TOKENS_A_SCALE = 256
 
 _MULTIPLE = 8
 # Of blocked right-looking algorithms, as libraries for GPUs have them: columns at a time, and
-# kernels for each in a Cholesky factorisation (3) and a triangular solve (2). Assumed, not measured.
+# kernels for each in a Cholesky factorisation (3) and a triangular solve (2). Not measured.
 _PANEL, _KERNELS_A_PANEL = 32, 5
 _BASIS_LEVELS = 127
 # Of the Gram matrix's trace: what has less of it is lost in its rounding anyway.

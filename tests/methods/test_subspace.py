@@ -236,7 +236,7 @@ def test_directions_hold_what_the_best_hold() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_directions_of_16_bits_are_nearly_those_of_32(dtype: torch.dtype, scale: float) -> None:
-    """Where one direction is 300 times as strong as the last one that is kept, and has an offset."""
+    """Where one direction is 300 times as strong as the last that is kept, with an offset."""
     spectrum = torch.logspace(0, -2.5, 48)
     x = scale * (normal(1, 512, 48) * spectrum @ torch.linalg.qr(normal(2, 48, 48)).Q + 0.1)
     narrow = x.to(dtype)
