@@ -40,6 +40,7 @@ from examples.benchmarks import (
     study_estimators,
     tables,
 )
+from examples.benchmarks.decoding import published
 from examples.benchmarks.machine import CHECKOUT
 from examples.benchmarks.timing import Quartiles, paired_ratios, quartiles
 from pamm_compile.devices import device_named
@@ -181,6 +182,10 @@ def _compiled() -> list[str]:
     return tables.markdown([*header, "shared KiB", "slots"], rows, left=4)
 
 
+def _decoding(write: Callable[[list[dict[str, Any]]], list[str]], file: str) -> list[str]:
+    return write(quality.records(RECORDS / f"decoding-{file}.jsonl"))
+
+
 H100 = device_named("h100")
 SHOWN_ARMS = (
     "compile",
@@ -238,6 +243,16 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "gradients-512": lambda: _as_written_today(
         fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
     ),
+    **{
+        f"decoding-{table}": functools.partial(_decoding, write, file)
+        for table, write, file in (
+            ("budgets", published.budgets, "budgets"),
+            ("times", published.times, "times"),
+            ("ranks", published.ranks, "ranks"),
+            ("thin", published.thin, "ranks"),
+            ("evolution", published.evolution, "evolution"),
+        )
+    },
 }
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ if not __package__:
 import torch
 import transformers as hf
 
-from examples.benchmarks import cli, corpus, machine
+from examples.benchmarks import cli, corpus, machine, timing
 from examples.benchmarks.decoding import recall
 from pamm_compile import decoding
 
@@ -63,6 +62,28 @@ def losses(model: Any, text: Any, length: int, windows: int = 8) -> dict[str, fl
     }
 
 
+def step_times(
+    models: dict[int | None, Any], text: Any, seed: int, rounds: int = 15
+) -> dict[int | None, list[float]]:
+    """Times of a forward and a backward pass, models in turn; their weights stay as they are."""
+    ids, weight = recall.batch(text, 64, 32, torch.Generator().manual_seed(seed))
+    names = list(models)
+    found: dict[int | None, list[float]] = {name: [] for name in names}
+    for round_ in range(-1, rounds):
+        for at in timing.in_turn([str(i) for i in range(len(names))], max(round_, 0)):
+            model = models[names[int(at)]]
+
+            def step(model: Any = model) -> None:
+                recall.weighted_loss(model, ids, weight).backward()
+                model.zero_grad()
+
+            taken = timing.seconds(step, torch.device("cpu"))
+            # The round before the first one warms up.
+            if round_ >= 0:
+                found[names[int(at)]].append(taken)
+    return found
+
+
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
@@ -92,19 +113,23 @@ def main() -> None:
                 note(**about, tuned=args.tune, **losses(model, text.validation, args.length))
     if args.from_nothing:
         stages = [(64, 32, args.steps)]
+        models: dict[int | None, Any] = {}
+        trained = {}
         for rank in (None, args.from_nothing):
             torch.manual_seed(args.seed)
-            model = recall.build("llama")
+            models[rank] = model = recall.build("llama")
             if rank:
                 decoding.thin_keys(model, rank)
             parameters = list(model.parameters())
-            records = recall.train(model, parameters, text.train, stages, args.seed, 2e-3)
+            trained[rank] = recall.train(model, parameters, text.train, stages, args.seed, 2e-3)
+        seconds = step_times(models, text.train, args.seed)
+        for rank, model in models.items():
             note(
                 from_nothing=True,
                 rank=rank,
-                parameters=sum(p.numel() for p in parameters),
-                seconds_a_step=statistics.median(r["seconds_a_step"] for r in records),
-                train_loss=records[-1]["loss"],
+                parameters=sum(p.numel() for p in model.parameters()),
+                seconds=seconds[rank],
+                train_loss=trained[rank][-1]["loss"],
                 **losses(model, text.validation, 64, 64),
             )
 
