@@ -34,8 +34,8 @@ class ClusterCache(ChoosingCache):
         interval: new tokens that are gathered, all of them attended to beside the budget, before
             they are divided into clusters of their own.
         iterations: of k-means.
-        segment: tokens of a prompt that are clustered together; a longer one is cut into segments,
-            so that the time of k-means grows with the prompt and not with its square.
+        sample: keys, evenly spaced, that k-means iterates on where a prompt has more; all keys are
+            then assigned once, which takes an eightieth of the prompt's own attention.
         whole_layers: layers, from the first, that attend to everything.
         offload: hold keys and values in the host's memory, and on the device what the last step
             recalled.
@@ -58,7 +58,7 @@ class ClusterCache(ChoosingCache):
         tokens_per_cluster: int = 80,
         interval: int = 320,
         iterations: int = 8,
-        segment: int = 8192,
+        sample: int = 8192,
         whole_layers: int = 2,
         offload: bool = False,
     ) -> None:
@@ -67,10 +67,10 @@ class ClusterCache(ChoosingCache):
         check_count("tokens_per_cluster", tokens_per_cluster, 1)
         check_count("interval", interval, 1)
         check_count("iterations", iterations, 0)
-        check_count("segment", segment, 1)
+        check_count("sample", sample, 1)
         check_count("whole_layers", whole_layers, 0)
         layer = partial(
-            ClusterLayer, budget, sinks, tokens_per_cluster, interval, iterations, segment, offload
+            ClusterLayer, budget, sinks, tokens_per_cluster, interval, iterations, sample, offload
         )
         super().__init__(layer, whole_layers)
         self._offload = offload
@@ -92,7 +92,7 @@ class ClusterLayer(RecallLayer):
         sizes: [batch, key heads, clusters], int64.
         starts: [batch, key heads, clusters], int64; where in `members` a cluster begins.
         members: [batch, key heads, n], int64; token numbers, cluster by cluster.
-    XX: how many tokens, from the first, are sinks, padding or members.
+        clustered: how many tokens, from the first, are sinks, padding or members.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class ClusterLayer(RecallLayer):
         tokens_per_cluster: int,
         interval: int,
         iterations: int,
-        segment: int,
+        sample: int,
         offload: bool,
     ) -> None:
         super().__init__(budget, host=offload)
@@ -110,7 +110,7 @@ class ClusterLayer(RecallLayer):
         self.tokens_per_cluster = tokens_per_cluster
         self.interval = interval
         self.iterations = iterations
-        self.segment = segment
+        self.sample = sample
         self.hits = self.recalled = 0
         self._forget_clusters()
 
@@ -200,31 +200,22 @@ class ClusterLayer(RecallLayer):
 
     def _divide(self, keys: Tensor, tokens: Tensor, longest: int) -> dict[str, Tensor]:
         """Cluster the keys [n, d] numbered in `tokens`, filled up to what `longest` tokens need."""
-        clusters = self._clusters_of(longest)
+        count = -(-int(tokens.numel()) // self.tokens_per_cluster)
+        clusters = -(-longest // self.tokens_per_cluster)
         means = keys.new_zeros(clusters, keys.shape[1], dtype=torch.float32)
         sizes = tokens.new_zeros(clusters)
         members = tokens.new_zeros(longest)
-        for start in range(0, tokens.numel(), self.segment):
-            part = tokens[start : start + self.segment]
-            first = self._clusters_of(start)
-            these = slice(first, first + self._clusters_of(part.numel()))
-            index, means[these], sizes[these] = cosine_kmeans(
-                keys[part], these.stop - these.start, self.iterations
+        if count:
+            index, means[:count], sizes[:count] = cosine_kmeans(
+                keys[tokens], count, self.iterations, self.sample
             )
-            ordered = part[index.argsort(stable=True)] + self.clustered
-            members[start : start + part.numel()] = ordered
+            members[: tokens.numel()] = tokens[index.argsort(stable=True)] + self.clustered
         return {
             "means": means,
             "sizes": sizes,
             "starts": sizes.cumsum(0) - sizes,
             "members": members,
         }
-
-    def _clusters_of(self, tokens: int) -> int:
-        segments, rest = divmod(tokens, self.segment)
-        return segments * -(-self.segment // self.tokens_per_cluster) + -(
-            -rest // self.tokens_per_cluster
-        )
 
     def fetch(self, index: Tensor) -> tuple[Tensor, Tensor]:
         if not self.store.host:

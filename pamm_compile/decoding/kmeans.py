@@ -9,15 +9,17 @@ from torch.nn.functional import normalize, pad
 from pamm_compile.methods.pamm import assign, contract, index_dtype
 
 
-def cosine_kmeans(x: Tensor, count: int, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+def cosine_kmeans(
+    x: Tensor, count: int, iterations: int, sample: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Divide rows into clusters, each row to the centroid of largest cosine.
 
-    Equivalent to, starting from `count` evenly spaced rows:
+    Equivalent to, with `fitted` evenly spaced rows of `unit`, starting from `count` of those:
 
         unit = normalize(x.float())
         for _ in range(iterations):
-            index = (unit @ centres.T).argmax(1)
-            centres = stack([normalize(unit[index == j].sum(0)) for j in range(count)])
+            index = (fitted @ centres.T).argmax(1)
+            centres = stack([normalize(fitted[index == j].sum(0)) for j in range(count)])
         index = (unit @ centres.T).argmax(1)
         means = stack([x[index == j].float().mean(0) for j in range(count)])
 
@@ -31,6 +33,7 @@ def cosine_kmeans(x: Tensor, count: int, iterations: int) -> tuple[Tensor, Tenso
         x: [n, d], floating point, n at least 1.
         count: number of clusters, at least 1.
         iterations: updates of the centres; 0 assigns to the rows that it starts from.
+        sample: how many rows the centres are fitted to, at most; at least `count` in any case.
 
     Returns:
         index: [n], int64, in [0, count).
@@ -41,18 +44,23 @@ def cosine_kmeans(x: Tensor, count: int, iterations: int) -> tuple[Tensor, Tenso
     Source: arXiv 2412.03213 §III.
     """
     rows = x.shape[0]
-    # Evenly spaced: no generator is advanced, and neighbours in text are alike.
-    first = torch.arange(count, device=x.device) * rows // count
     unit = normalize(x.float(), dim=1)
     extended = pad(unit, (0, 1), value=1.0)
+    few = min(rows, max(count, sample))
+    fitted, fitted_unit = _evenly(extended, few), _evenly(unit, few)
     ones = extended.new_ones(rows)
-    centres = unit[first]
+    centres = _evenly(fitted_unit, count)
     for _ in range(iterations):
-        index, _, _ = assign(extended, pad(centres, (0, 1), value=1.0), index_dtype(count))
-        sums = contract(index, ones, [unit], count)
+        index, _, _ = assign(fitted, pad(centres, (0, 1), value=1.0), index_dtype(count))
+        sums = contract(index, ones[:few], [fitted_unit], count)
         norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
         centres = torch.where(norm > 0, sums / norm, centres)
     index, _, _ = assign(extended, pad(centres, (0, 1), value=1.0), index_dtype(count))
     sizes = torch.bincount(index.long(), minlength=count)
     means = contract(index, ones, [x.float()], count) / sizes.clamp(min=1)[:, None]
     return index.long(), means, sizes
+
+
+def _evenly(x: Tensor, count: int) -> Tensor:
+    """Take `count` evenly spaced rows: no generator is advanced, and neighbours are alike."""
+    return x[torch.arange(count, device=x.device) * x.shape[0] // count]

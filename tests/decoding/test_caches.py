@@ -163,7 +163,7 @@ def test_models_refused() -> None:
         (lambda: decoding.ClusterCache(16.5), "budget must be an integer"),
         (lambda: decoding.ClusterCache(64, interval=0), "interval"),
         (lambda: decoding.ClusterCache(64, tokens_per_cluster=0), "tokens_per_cluster"),
-        (lambda: decoding.ClusterCache(64, segment=0), "segment"),
+        (lambda: decoding.ClusterCache(64, sample=0), "sample"),
         (lambda: decoding.PageCache(31), "budget must be an integer of at least 32"),
         (lambda: decoding.WindowCache(4), "budget must be an integer of at least 5"),
         (lambda: decoding.HeavyHitterCache(8, recent=9), "budget must be an integer of at least 9"),

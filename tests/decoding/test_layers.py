@@ -31,8 +31,8 @@ CACHES: dict[str, Callable[[], Any]] = {
     "clusters offloaded": lambda: decoding.ClusterCache(
         16, sinks=3, tokens_per_cluster=4, interval=5, whole_layers=0, offload=True
     ),
-    "clusters in segments": lambda: decoding.ClusterCache(
-        16, sinks=3, tokens_per_cluster=4, interval=5, segment=14, whole_layers=0
+    "clusters of a sample": lambda: decoding.ClusterCache(
+        16, sinks=3, tokens_per_cluster=4, interval=5, sample=14, whole_layers=0
     ),
     "pages": lambda: decoding.PageCache(16, page=4, whole_layers=0),
     "window": lambda: decoding.WindowCache(16, sinks=3),
@@ -40,7 +40,7 @@ CACHES: dict[str, Callable[[], Any]] = {
     "norms": lambda: decoding.NormCache(16, recent=5, whole_layers=0),
     "policy": lambda: decoding.EvictionCache(random_policy(), budget=16, interval=4),
 }
-KEEPING = ("clusters", "clusters offloaded", "clusters in segments", "pages")
+KEEPING = ("clusters", "clusters offloaded", "clusters of a sample", "pages")
 EVICTING = ("window", "heavy hitters", "norms", "policy")
 
 
@@ -97,42 +97,41 @@ class Stream:
 class PlainClusters:
     """`ClusterCache`, one head of one row."""
 
-    def __init__(self, segment: int = 100) -> None:
+    def __init__(self, sample: int = 100) -> None:
         self.clusters: list[tuple[Tensor, list[int]]] = []
         self.done = 0
-        self.segment = segment
+        self.sample = sample
 
     def chosen(self, s: Stream, row: int, head: int, token: int) -> list[int]:
         key_head = head // (HEADS // KEY_HEADS)
         real = [t for t in range(token) if s.valid[row, t]]
         sinks = real[:3]
         if not self.done or token + 1 - self.done > 5:
-            unclustered = [t for t in real[3:] if t >= self.done]
-            for start in range(0, len(unclustered), self.segment):
-                new = unclustered[start : start + self.segment]
-                index, means = self.kmeans(s.key[row, key_head, new].float(), -(-len(new) // 4))
-                for j, mean in enumerate(means):
-                    members = [t for t, i in zip(new, index, strict=True) if i == j]
-                    self.clusters.append((mean, members))
+            new = [t for t in real[3:] if t >= self.done]
+            keys = s.key[row, key_head, new].float()
+            index, means = self.kmeans(keys, -(-len(new) // 4))
+            for j, mean in enumerate(means):
+                self.clusters.append((mean, [t for t, i in zip(new, index, strict=True) if i == j]))
             self.done = token
         query = s.query[row, head, token].float()
         order = sorted(self.clusters, key=lambda c: -float(c[0] @ query))
         members = [t for _, tokens in order for t in tokens][: 16 - 3]
         return [*sinks, *members, *range(self.done, token + 1)]
 
-    @staticmethod
-    def kmeans(keys: Tensor, count: int) -> tuple[list[int], list[Tensor]]:
+    def kmeans(self, keys: Tensor, count: int) -> tuple[list[int], list[Tensor]]:
         unit = normalize(keys.double(), dim=1)
-        centres = unit[[j * len(keys) // count for j in range(count)]]
-        for step in range(9):
-            index = (unit @ centres.T).argmax(1)
-            if step < 8:
-                centres = torch.stack(
-                    [
-                        normalize(unit[index == j].sum(0), dim=0) if (index == j).any() else c
-                        for j, c in enumerate(centres)
-                    ]
-                )
+        few = min(len(keys), max(count, self.sample))
+        fitted = unit[[j * len(keys) // few for j in range(few)]]
+        centres = fitted[[j * few // count for j in range(count)]]
+        for _ in range(8):
+            index = (fitted @ centres.T).argmax(1)
+            centres = torch.stack(
+                [
+                    normalize(fitted[index == j].sum(0), dim=0) if (index == j).any() else c
+                    for j, c in enumerate(centres)
+                ]
+            )
+        index = (unit @ centres.T).argmax(1)
         means = [keys[index == j].sum(0) / max(1, int((index == j).sum())) for j in range(count)]
         return index.tolist(), means
 
@@ -211,7 +210,7 @@ class PlainNorms(PlainEviction):
 PLAIN: dict[str, Callable[[], Any]] = {
     "clusters": PlainClusters,
     "clusters offloaded": PlainClusters,
-    "clusters in segments": lambda: PlainClusters(segment=14),
+    "clusters of a sample": lambda: PlainClusters(sample=14),
     "pages": PlainPages,
     "window": PlainWindow,
     "heavy hitters": PlainHeavyHitters,
@@ -365,7 +364,7 @@ def test_hits_on_the_device_are_counted() -> None:
 def test_kmeans_tells_a_direction_from_its_opposite() -> None:
     x = torch.randn(1, 8).repeat(20, 1) + 0.01 * torch.randn(20, 8)
     x[10:] *= -3
-    index, means, sizes = cosine_kmeans(x, 2, 4)
+    index, means, sizes = cosine_kmeans(x, 2, 4, 100)
     assert index.tolist() == [0] * 10 + [1] * 10
     assert sizes.tolist() == [10, 10]
     torch.testing.assert_close(means, torch.stack([x[:10].mean(0), x[10:].mean(0)]))
@@ -373,7 +372,7 @@ def test_kmeans_tells_a_direction_from_its_opposite() -> None:
 
 def test_a_cluster_that_lost_its_rows_is_empty() -> None:
     x = torch.ones(6, 4)
-    index, means, sizes = cosine_kmeans(x, 3, 2)
+    index, means, sizes = cosine_kmeans(x, 3, 2, 100)
     assert index.tolist() == [0] * 6
     assert sizes.tolist() == [6, 0, 0]
     assert means[1:].abs().sum() == 0

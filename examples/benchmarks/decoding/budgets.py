@@ -32,7 +32,7 @@ from pamm_compile import decoding
 METHODS: dict[str, Callable[[int], Any]] = {
     "clusters of 80": lambda n: decoding.ClusterCache(n, whole_layers=0),
     "clusters of 16": lambda n: decoding.ClusterCache(n, tokens_per_cluster=16, whole_layers=0),
-    "clusters of 80 in segments": lambda n: decoding.ClusterCache(n, segment=1024, whole_layers=0),
+    "clusters of 80 of a sample": lambda n: decoding.ClusterCache(n, sample=1024, whole_layers=0),
     "pages": lambda n: decoding.PageCache(n, whole_layers=0),
     "policy": lambda n: decoding.EvictionCache(budget=n),
     "heavy hitters": decoding.HeavyHitterCache,
