@@ -52,7 +52,8 @@ def times(records: Records) -> list[str]:
         if (arm, length) not in of:
             return "-"
         mine, theirs = (of[name, length]["seconds"] for name in (arm, base))
-        return str(timing.quartiles(timing.paired_ratios(mine, theirs)))
+        found = timing.quartiles(timing.paired_ratios(mine, theirs))
+        return f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})"
 
     rows = []
     for arm in arms:
