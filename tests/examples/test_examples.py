@@ -105,6 +105,7 @@ def test_compare_memory_takes_any_model(model: str, monkeypatch: pytest.MonkeyPa
     assert built.get_input_embeddings().weight.shape == (300, 32)
 
 
+@pytest.mark.usefixtures("no_code")
 def test_opaque_norm(run_here: Run) -> None:
     printed = run_here("opaque_norm.py", *TINY, "--ratio", 64)
     rows = {

@@ -2,6 +2,7 @@
 
 A failure prints a `Spec`, and the call that repeats it. More graphs, and others:
 
+    PAMM_FUZZ_GRAPHS=306
     PAMM_FUZZ_GRAPHS=1800 PAMM_FUZZ_SEED=1 python -m pytest tests/fuzz
 """
 
@@ -26,7 +27,7 @@ from pamm_testing.fuzz.spec import (
     Spec,
 )
 
-GRAPHS = int(os.environ.get("PAMM_FUZZ_GRAPHS", "306"))
+GRAPHS = int(os.environ.get("PAMM_FUZZ_GRAPHS", "90"))
 SEED = int(os.environ.get("PAMM_FUZZ_SEED", "0"))
 
 

@@ -13,11 +13,23 @@ from pamm_testing.zoo import TRANSFORMERS, Case, without_dropout
 
 import pamm_compile
 
-CASES = [pytest.param(case, id=case.name) for case in [*TRANSFORMERS, *FORMS]]
+DIFFERENT = ("llama", "gemma2", "deepseek_v3", "gpt2", "bert", "t5", "vit")
+"""The rest of the zoo is much like one of these, in what a partition saves and autocast casts."""
+
+
+def _like_others(case: Case) -> list[pytest.MarkDecorator]:
+    return [] if case.name in DIFFERENT or case in FORMS else [pytest.mark.everything]
+
+
+ALL = [*TRANSFORMERS, *FORMS]
+CASES = [pytest.param(case, id=case.name, marks=_like_others(case)) for case in ALL]
 # What autocast does to a projection does not depend on how attention is written.
 PRECISIONS = [
-    *(pytest.param(case, False, id=f"{case.name}-fp32") for case in [*TRANSFORMERS, *FORMS]),
-    *(pytest.param(case, True, id=f"{case.name}-bf16_autocast") for case in TRANSFORMERS),
+    *(pytest.param(case, False, id=f"{case.name}-fp32") for case in ALL),
+    *(
+        pytest.param(case, True, id=f"{case.name}-bf16_autocast", marks=_like_others(case))
+        for case in TRANSFORMERS
+    ),
 ]
 OPTIONS = make_options(ratio=4, min_tokens=1)
 

@@ -50,7 +50,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_of_a_compilation_only_its_report_stays(tmp_path: Path) -> None:
-    rounds = _soak(tmp_path, "--steps", "240", "--rounds", "6", "--reset")
+    rounds = _soak(tmp_path, "--steps", "150", "--rounds", "5", "--reset")
     warm = rounds[WARM:]
     for name in ("GraphModule", "Graph", "JointGraph", "Pipeline", "Site", "RecordedReport"):
         counts = [each["alive"][name] for each in warm]
