@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from pamm_compile.methods import seeds
+from pamm_compile.methods import buffers, seeds
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm import triton
 from pamm_compile.methods.pamm.method import Pamm
@@ -37,6 +37,7 @@ def register_lowerings() -> None:
     """
     triton.register()
     seeds.register()
+    buffers.register()
 
 
 def fingerprint(method: Method) -> str:

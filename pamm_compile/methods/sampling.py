@@ -11,6 +11,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
+from pamm_compile.methods.buffers import buffer
+
 Sampling = Literal["stratified", "uniform"]
 
 _MASK = 0x7FFFFFFF
@@ -119,4 +121,5 @@ def sample_rows(
     # 1 − 2⁻²⁴/k and only the result is rounded, downwards.
     share, left = tokens // k, tokens % k
     whole, rest = j * share + j * left // k, j * left % k
-    return whole + ((rest << _FRACTION_BITS) + u * tokens) // (k << _FRACTION_BITS)
+    rows = whole + ((rest << _FRACTION_BITS) + u * tokens) // (k << _FRACTION_BITS)
+    return cast(Tensor, buffer(rows))

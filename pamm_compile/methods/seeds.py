@@ -23,7 +23,9 @@ _LIBRARY.define(
 
 
 def _kernel(seed: Tensor, count: int) -> list[Tensor]:
-    return [site_seed(seed, number) for number in range(count)]
+    numbers: Any = torch.arange(count, device=seed.device)
+    # Outputs of an operator may not be views of one another.
+    return [each.clone() for each in site_seed(seed, numbers).unbind()]
 
 
 _LIBRARY.impl("site_seeds", _kernel, "CompositeExplicitAutograd")
@@ -38,7 +40,11 @@ site_seeds = torch.ops.pamm.site_seeds.default
 
 
 def _lower(seed: Any, count: int) -> list[Any]:
-    """Lower to `count` buffers, which Inductor computes in one kernel."""
+    """Lower to `count` buffers, which Inductor computes in one kernel where launches cost time."""
+    if not inductor.is_triton_device(seed.get_device()):
+        # Inlined, a chain of hashes is as many operations as all other code of a few layers.
+        call = inductor.fallback_handler(site_seeds, add_to_fallback_set=False)
+        return list(call(seed, count))
     base: Any = inductor.Integers(seed)
     seeds: list[Any] = [site_seed(base, number) for number in range(count)]
     return [inductor.materialized(each.node) for each in seeds]

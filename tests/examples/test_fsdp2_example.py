@@ -29,7 +29,7 @@ TINY = (
             "0.99",
             "--base",
             "aot_eager",
-        ),  # fmt: skip
+        ),
     ],
     ids=["fsdp2", "sequence parallel"],
 )
