@@ -88,7 +88,7 @@ def ranks(records: Records) -> list[str]:
 
 
 def _losses(record: dict[str, Any]) -> str:
-    return f"{record['accuracy']:.2f}/{record['answer_loss']:.2f}/{record['text_loss']:.2f}"
+    return f"{record['accuracy']:.2f}/{record['answer_loss']:.2f}/{record['text_loss']:.3f}"
 
 
 def thin(records: Records) -> list[str]:

@@ -91,6 +91,8 @@ def main() -> None:
     cli.announce(facts)
     text = corpus.Text()
     options = {**cli.options(args), "models": [folder.name for folder in args.models]}
+    # Where a record was written says nothing of what it holds.
+    del options["out"]
 
     def note(**record: Any) -> None:
         print(json.dumps(record), flush=True)

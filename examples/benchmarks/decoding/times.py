@@ -149,6 +149,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     facts = machine.facts(threads=args.threads)
     cli.announce(facts)
+    settings = {**cli.options(args), **facts}
+    # Where a record was written says nothing of what it holds.
+    del settings["out"]
     records = []
     for length in args.lengths:
         for record in measure(args, length):
@@ -156,7 +159,6 @@ def main() -> None:
             records.append(record)
             if args.out:
                 with args.out.open("a") as file:
-                    settings = {**cli.options(args), **facts}
                     file.write(json.dumps({**record, "facts": settings}) + "\n")
     print(tables.text(HEADER, rows(records)))
 
