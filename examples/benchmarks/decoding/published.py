@@ -53,7 +53,8 @@ def times(records: Records) -> list[str]:
             return "-"
         mine, theirs = (of[name, length]["seconds"] for name in (arm, base))
         found = timing.quartiles(timing.paired_ratios(mine, theirs))
-        return f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})"
+        quartiles = f" ({found.low:.2f}–{found.high:.2f})" if length == longest else ""
+        return f"{found.median:.2f}{quartiles}"
 
     rows = []
     for arm in arms:
