@@ -22,6 +22,8 @@ PAPER = "qkv=pamm:{ratio:g}"
 """The paper's method on the paper's projections; `ratio` is the case's."""
 WHOLE = "linear=subspace"
 """Every linear layer, by the method whose loss allows it, at its defaults."""
+SHORT = "linear=subspace:0.0625"
+"""The same with half the directions."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ ARMS = (
     Arm(REFERENCE),
     Arm("PAMM", rules=PAPER),
     Arm("whole model", rules=WHOLE),
+    Arm("whole model, rank 1/16", rules=SHORT),
     Arm("compile + budget 0.99", budget=0.99),
     Arm("PAMM + budget 0.99", rules=PAPER, budget=0.99),
     Arm("whole model + budget 0.99", rules=WHOLE, budget=0.99),
+    Arm("whole model, rank 1/16 + budget 0.99", rules=SHORT, budget=0.99),
     Arm("compile + budget 0.5", budget=0.5),
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),
@@ -98,7 +102,7 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
     """
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
-        goal=goal or ("speed" if arm.rules == WHOLE else "memory"),
+        goal=goal or ("speed" if arm.rules in (WHOLE, SHORT) else "memory"),
         min_tokens=case.min_tokens,
         base=case.base,
     )

@@ -39,6 +39,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--only", choices=TABLES, help="default: all tables")
     parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", choices=[arm.name for arm in ARMS],
+        help="of the table of arms (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
         "--tokens",
         type=cli.positive,
         default=DEVICE_TOKENS,
@@ -166,7 +170,8 @@ def main() -> None:
         record["seconds"] = time.time() - started
         path.write_text(json.dumps(record, indent=1) + "\n")
 
-    counts = {"qkv": 1, "arms": len(ARMS), "targets": 1}
+    arms = [arm for arm in ARMS if arm.name in (args.arms or [arm.name])]
+    counts = {"qkv": 1, "arms": len(arms), "targets": 1}
     steps = sum(counts[table] for table in tables)
     with tqdm(total=steps * len(args.models), unit="partition", dynamic_ncols=True) as bar:
         for name in args.models:
@@ -179,7 +184,7 @@ def main() -> None:
                 bar.update()
             if "arms" in tables:
                 model["arms"] = {}
-                for arm, found in full_size.frontier(case):
+                for arm, found in full_size.frontier(case, arms):
                     model["arms"][arm] = found
                     save()
                     bar.set_description(f"{name}, {arm}")

@@ -32,6 +32,7 @@ if not __package__:
 
 from examples.benchmarks import (
     cli,
+    compile_time,
     device_model,
     fidelity,
     output,
@@ -54,10 +55,6 @@ _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<old>.*?)(<!-- end 
 @functools.cache
 def _record(name: str) -> Any:
     return json.loads((RECORDS / name).read_text())
-
-
-def _steps(model: str) -> list[str]:
-    return output.model_table(_record("cpu/benchmark.json")["models"][model])
 
 
 class _Twins(NamedTuple):
@@ -103,8 +100,7 @@ def _twins_in_short() -> list[str]:
 
 
 def _first_screen() -> list[str]:
-    arms = _record("cpu/benchmark.json")["models"]["llama-60m"]["arms"]
-    left_out = ("aggressive", "0.8")
+    arms = _record("whole-350m/benchmark.json")["models"]["llama-350m"]["arms"]
     rows = [
         [
             name,
@@ -113,24 +109,47 @@ def _first_screen() -> list[str]:
             f"{arm['time_ratio']['median']:.2f} ×",
         ]
         for name, arm in arms.items()
-        if not any(word in name for word in left_out)
     ]
     return tables.markdown(["one step", "saved for backward", "peak", "time"], rows)
 
 
-def _first_loss() -> list[str]:
-    """Return tuning on Q, K and V alone, from few generators to many."""
-    runs = quality.records(RECORDS / "quality-tuning.jsonl")
-    wanted = {"exact": "exact", **{f"pamm:{k}": f"PAMM, k = {k}" for k in (8, 16, 32)}}
-    of: dict[str, dict[int, float]] = {name: {} for name in wanted}
-    for run in runs:
-        if run["method"] in wanted and run["setting"]["targets"] == "qkv":
-            of[run["method"]][run["seed"]] = run["validation"]
+def _whole(*folders: str) -> list[str]:
+    """Return all arms of the models whose linear layers are all approximated."""
     rows = []
-    for method, name in wanted.items():
-        gaps = [loss - of["exact"][seed] for seed, loss in of[method].items()]
-        each = ", ".join(f"{gap:+.3f}" for gap in gaps) if method != "exact" else "-"
-        rows.append([name, ", ".join(f"{loss:.3f}" for loss in of[method].values()), each])
+    records = (_record(f"{folder}/benchmark.json") for folder in folders)
+    for name, model in (pair for record in records for pair in record["models"].items()):
+        exact = output.measured(model)["compile"]
+        for arm, found in output.measured(model).items():
+            saved, peak = (found[k] / exact[k] for k in ("saved_bytes", "peak_bytes"))
+            time = quartiles(paired_ratios(found["times_s"], exact["times_s"]))
+            named = f"{output.NAMES[name]}: {arm}"
+            rows.append([named, f"{saved:.3f}", f"{peak:.3f}", str(time)])
+    return tables.markdown(["by compile", "saved", "peak", "time (quartiles)"], rows)
+
+
+WHOLE_METHODS = {
+    ("exact", "qkv"): "exact",
+    ("generators:16", "qkv"): "PAMM, k = 16, on Q, K, V",
+    ("generators:fill=20", "linear"): "PAMM, 20 bytes a token, whole model",
+    ("subspace:34", "linear"): "Subspace, r = 34 (20 bytes), whole model",
+    ("subspace:61", "linear"): "Subspace, r = 61 (35 bytes), whole model",
+}
+
+
+def _first_loss() -> list[str]:
+    """Return tuning by the paper's method, and on every linear layer."""
+    runs = quality.records(RECORDS / "quality-whole.jsonl")
+    of: dict[tuple[str, str], dict[int, float]] = {name: {} for name in WHOLE_METHODS}
+    for run in runs:
+        targets = "qkv" if run["method"] == "exact" else run["setting"]["targets"]
+        if (run["method"], targets) in of:
+            of[run["method"], targets][run["seed"]] = run["validation"]
+    exact = of["exact", "qkv"]
+    rows = []
+    for key, name in WHOLE_METHODS.items():
+        gaps = [loss - exact[seed] for seed, loss in of[key].items()]
+        each = ", ".join(f"{gap:+.3f}" for gap in gaps) if key[0] != "exact" else "-"
+        rows.append([name, ", ".join(f"{loss:.3f}" for loss in of[key].values()), each])
     return tables.markdown(["tuning, three seeds", "validation loss", "above exact"], rows)
 
 
@@ -209,9 +228,13 @@ SHOWN_METHODS = (
 TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
-    "steps-llama-60m": lambda: _steps("llama-60m"),
-    "steps-gpt2": lambda: _steps("gpt2"),
-    "steps-roberta": lambda: _steps("roberta"),
+    "steps-whole": lambda: _whole("whole-350m", "whole-60m"),
+    "compile-models": lambda: tables.markdown(
+        compile_time.MODEL_HEAD, compile_time.model_rows(_record("compile_time.json"))
+    ),
+    "compile-layers": lambda: tables.markdown(
+        compile_time.LAYER_HEAD, compile_time.layer_rows(_record("compile_time.json"))
+    ),
     "steps-twins": _twins,
     "steps-twins-shown": _twins_in_short,
     "bytes-qkv": lambda: partitions.qkv_table(_record("partitions.json")["models"]),
@@ -225,6 +248,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
     "loss-tuning-shown": lambda: _only(TABLES["loss-tuning"](), SHOWN_METHODS),
+    "loss-whole": lambda: _losses("quality-whole.jsonl"),
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
     "loss-batch": lambda: _losses("quality-batch.jsonl"),
