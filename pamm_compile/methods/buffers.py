@@ -4,8 +4,7 @@
 
 Inductor computes small things anew in every kernel that reads them. That saves launches on a GPU,
 where this operator is therefore nothing at all. On a CPU it saves no time, but code is then
-generated again for every reader: sampled rows, a hundred integer operations, took a third of what
-PAMM added to the time of compiling.
+generated again for every reader, and a sampled row is a hundred integer operations.
 """
 
 from __future__ import annotations
