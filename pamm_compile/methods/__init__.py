@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 
-from pamm_compile.methods import buffers, seeds
+from pamm_compile.methods import draws
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm import triton
 from pamm_compile.methods.pamm.method import Pamm
@@ -36,8 +36,7 @@ def register_lowerings() -> None:
         UnsupportedTorchError: this torch lacks a symbol that the lowerings use.
     """
     triton.register()
-    seeds.register()
-    buffers.register()
+    draws.register()
 
 
 def fingerprint(method: Method) -> str:

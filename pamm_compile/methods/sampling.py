@@ -11,8 +11,6 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from pamm_compile.methods.buffers import buffer
-
 Sampling = Literal["stratified", "uniform"]
 
 _MASK = 0x7FFFFFFF
@@ -121,5 +119,4 @@ def sample_rows(
     # 1 − 2⁻²⁴/k and only the result is rounded, downwards.
     share, left = tokens // k, tokens % k
     whole, rest = j * share + j * left // k, j * left % k
-    rows = whole + ((rest << _FRACTION_BITS) + u * tokens) // (k << _FRACTION_BITS)
-    return cast(Tensor, buffer(rows))
+    return whole + ((rest << _FRACTION_BITS) + u * tokens) // (k << _FRACTION_BITS)

@@ -25,7 +25,8 @@ from torch.nn import functional
 
 from pamm_compile import checks
 from pamm_compile.methods.base import Cost, Size
-from pamm_compile.methods.sampling import sample_rows, site_seed
+from pamm_compile.methods.draws import sample_rows
+from pamm_compile.methods.sampling import site_seed
 
 Bits = Literal[4, 8]
 

@@ -19,8 +19,7 @@ from pamm_compile.graph.joint import strip_transposes, value
 from pamm_compile.graph.vocabulary import Extra
 from pamm_compile.methods import fingerprint
 from pamm_compile.methods.base import Method
-from pamm_compile.methods.sampling import content_seed
-from pamm_compile.methods.seeds import site_seeds
+from pamm_compile.methods.draws import content_seed, site_seeds
 from pamm_compile.private import aot
 from pamm_compile.sites.cost import size_of
 from pamm_compile.sites.decide import Plan

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pamm_compile.methods.draws import sample_rows
 from pamm_compile.methods.pamm import operators
-from pamm_compile.methods.sampling import Sampling, sample_rows
+from pamm_compile.methods.sampling import Sampling
 
 # k is computed in int64 by generated code. With these bounds no step of it passes 2⁶² for any
 # number of rows below 2⁴⁰, more than fit into any memory.

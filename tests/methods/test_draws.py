@@ -1,31 +1,63 @@
-"""`pamm::site_seeds`: its schema, its values, and that generated kernels share their text."""
+"""The operators that draw rows: schemas, values, and what they keep generated code from."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+from typing import Any
 
+import pytest
 import torch
 import torch._inductor.config as inductor_config
 from pamm_testing.zoo import BATCH, LENGTH, WIDTH
 from torch import Tensor, nn
-from torch._inductor.utils import get_code
+from torch._inductor.utils import get_code, run_and_get_code
 from torch.nn import functional as F
 
 import pamm_compile
-from pamm_compile.methods import register_lowerings
-from pamm_compile.methods.sampling import site_seed
-from pamm_compile.methods.seeds import site_seeds
+from pamm_compile.methods import register_lowerings, sampling
+from pamm_compile.methods.draws import content_seed, sample_rows, site_seeds
+from pamm_compile.methods.sampling import Sampling
+
+OPERATORS = torch.ops.pamm
 
 
-def test_schema() -> None:
-    torch.library.opcheck(site_seeds, (torch.tensor(12345), 5))
+@pytest.mark.parametrize(
+    ("operator", "arguments"),
+    [
+        (OPERATORS.content_seed.default, (torch.randn(65, 7), 3)),
+        (OPERATORS.content_seed.default, (torch.randn(7, 65, dtype=torch.bfloat16).t(), 3)),
+        (OPERATORS.site_seeds.default, (torch.tensor(12345), 5)),
+        (OPERATORS.sample_rows.default, (torch.tensor(12345), 65, 7, "stratified")),
+        (OPERATORS.sample_rows.default, (torch.tensor(12345), 65, 7, "uniform")),
+    ],
+)
+def test_schemas(operator: Any, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("how", ["stratified", "uniform"])
+def test_compiled_draws_are_the_eager_ones_and_one_call_each(how: Sampling) -> None:
+    register_lowerings()
+
+    def draw(x: Tensor) -> tuple[Tensor, Tensor]:
+        seed = content_seed(x, 5)
+        return seed, sample_rows(x.shape[0], x.shape[0] // 5, seed, how)
+
+    for x in (torch.randn(64, 16), torch.randn(16, 65).t()):
+        found, (code,) = run_and_get_code(torch.compile(draw, fullgraph=True), x)
+        seed = sampling.content_seed(x, 5)
+        rows = sampling.sample_rows(x.shape[0], x.shape[0] // 5, seed, how)
+        assert torch.equal(found[0], seed)
+        assert torch.equal(found[1], rows)
+        # No kernel: neither a hash nor a copy of X.
+        assert "cpp_fused" not in code
 
 
 def test_compiled_seeds_are_the_eager_ones() -> None:
     register_lowerings()
     seed = torch.tensor(2**31 - 7)
-    expected = [site_seed(seed, number) for number in range(9)]
+    expected = [sampling.site_seed(seed, number) for number in range(9)]
     assert all(map(torch.equal, site_seeds(seed, 9), expected))
     compiled = torch.compile(lambda s: [each + 0 for each in site_seeds(s, 9)])
     assert all(map(torch.equal, compiled(seed), expected))
