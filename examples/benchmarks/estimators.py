@@ -1,31 +1,15 @@
-"""Methods that are compared and not shipped, and how the studies write all methods.
+"""Methods that are compared and not shipped.
 
 All have the protocol of `pamm_compile.methods.base.Method`, so that a study runs them as it runs
 the package's own, and `pamm_compile.backend(rules={"qkv": Rows(64)})` takes them too. They are
-written for comparison, not for speed.
-
-A method is written as in rules, "name:value:option=value"; stages that code what the stage before
-left over are joined by "+", and "@N" at the end keeps the first N steps exact:
-
-    exact                       X itself
-    pamm:256, subspace:0.1      the package's methods, by `pamm_compile.methods.METHODS`
-    generators:16               PAMM with k = 16, whatever the number of tokens
-    generators:16:scale=norm:refine=1:draws=4
-    directions:4                r principal directions, not quantised
-    rows:64                     k sampled rows, rescaled (uniform CRS: PAMM with ε = 0)
-    hidden:8                    random projection of the features to r (the idea of CompAct)
-    sketch:64                   count sketch of the tokens into k buckets
-    directions:4+generators:16  the same, and PAMM on the rest
-    generators:fill=16          as many as fit into 16 bytes a token in bfloat16; not after a "+"
+written for comparison, not for speed. choices.py says how a study writes them.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,9 +48,10 @@ def _bits(seed: Tensor, *shape: int) -> Tensor:
     return site_seed((seed + place * 7919) & _MASK, 1)
 
 
-def _gradients(
+def gradients(
     estimate: Callable[[Tensor], Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
 ) -> list[Tensor]:
+    """Return what is estimated of every dZ, transposed where that is asked for."""
     found = [estimate(grad) for grad in grads]
     return [dw.T if flip else dw for dw, flip in zip(found, transposed, strict=True)]
 
@@ -81,7 +66,7 @@ class Exact(Estimator):
     def weight_gradients(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
-        return _gradients(lambda grad: grad.T @ stored[0], grads, transposed)
+        return gradients(lambda grad: grad.T @ stored[0], grads, transposed)
 
     def stored_bytes(self, size: Size) -> int:
         return size.bytes
@@ -102,7 +87,7 @@ class Rows(Estimator):
     ) -> list[Tensor]:
         x, rows = stored
         factor = grads[0].shape[0] / rows.shape[0]
-        return _gradients(lambda grad: grad[rows.long()].T @ x * factor, grads, transposed)
+        return gradients(lambda grad: grad[rows.long()].T @ x * factor, grads, transposed)
 
     def stored_bytes(self, size: Size) -> int:
         return self.k * (size.features * size.dtype.itemsize + 4)
@@ -127,7 +112,7 @@ class Hidden(Estimator):
     ) -> list[Tensor]:
         coefficients, seed, width = stored
         signs = self._signs(seed, width.shape[0], coefficients.dtype)
-        return _gradients(lambda grad: grad.T @ coefficients @ signs.T, grads, transposed)
+        return gradients(lambda grad: grad.T @ coefficients @ signs.T, grads, transposed)
 
     def stored_bytes(self, size: Size) -> int:
         return self.r * size.tokens * size.dtype.itemsize
@@ -155,7 +140,7 @@ class Sketch(Estimator):
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
         sums, seed = stored
-        return _gradients(lambda grad: self._sums(seed, grad).T @ sums, grads, transposed)
+        return gradients(lambda grad: self._sums(seed, grad).T @ sums, grads, transposed)
 
     def stored_bytes(self, size: Size) -> int:
         return self.k * size.features * size.dtype.itemsize
@@ -254,102 +239,9 @@ class Chain(Estimator):
         return self.first.stored_bytes(size) + self.second.stored_bytes(size)
 
 
-@dataclasses.dataclass(frozen=True)
-class Filled(Estimator):
-    """As large as fits into some bytes a token, counted in bfloat16, and at least 1."""
-
-    make: Callable[[int], Method]
-    bytes_a_token: float
-
-    def fitting(self, tokens: int, features: int, outputs: Sequence[int]) -> int:
-        size = Size(tokens, features, tuple(outputs), torch.bfloat16)
-        most = 1
-        while (
-            most < min(tokens, 4 * features)
-            and self.make(most + 1).stored_bytes(size) <= self.bytes_a_token * tokens
-        ):
-            most += 1
-        return most
-
-    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
-        size = self.fitting(x.shape[0], x.shape[1], outputs)
-        return (*self.make(size).store(x, seed, outputs), x.new_empty((size, 0)))
-
-    def weight_gradients(
-        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
-    ) -> list[Tensor]:
-        *kept, size = stored
-        return self.make(size.shape[0]).weight_gradients(kept, grads, transposed)
-
-    def stored_bytes(self, size: Size) -> int:
-        return self.make(self.fitting(size.tokens, size.features, size.outputs)).stored_bytes(size)
-
-
 def directions(r: int) -> Method:
     """Return r principal directions that are not quantised."""
     return METHODS["subspace"](rank=r, bits=None, iterations=2)
-
-
-NAMES: dict[str, Callable[..., Method]] = {
-    "exact": Exact,
-    "generators": generators,
-    "directions": directions,
-    "rows": Rows,
-    "hidden": Hidden,
-    "sketch": Sketch,
-}
-"""Beside those of `pamm_compile.methods.METHODS`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """A method as a study writes it, after some exact steps."""
-
-    text: str
-    method: Method
-    exact_steps: int = 0
-
-    @property
-    def is_exact(self) -> bool:
-        return isinstance(self.method, Exact)
-
-
-def parse(text: str) -> Choice:
-    """Read a method as this module's docstring writes it."""
-    body, _, warmup = text.partition("@")
-    *before, last = [_stage(part, text) for part in body.split("+")]
-    for stage in reversed(before):
-        last = Chain(stage, last)
-    return Choice(text, last, int(warmup or 0))
-
-
-def _stage(part: str, text: str) -> Method:
-    name, *values = part.split(":")
-    make = NAMES.get(name) or METHODS.get(name)
-    if make is None:
-        raise SystemExit(f"{text!r}: no method {name!r}; there are {', '.join([*NAMES, *METHODS])}")
-    named: dict[str, Any] = {}
-    positional = []
-    for value in values:
-        key, given, option = value.rpartition("=")
-        if given:
-            named[key] = _value(option)
-        else:
-            positional.append(_value(value))
-    fill = named.pop("fill", None)
-    try:
-        if fill is not None:
-            return Filled(lambda size: make(size, **named), float(fill))
-        return make(*positional, **named)
-    except TypeError as error:
-        raise SystemExit(f"{text!r}: {error}") from None
-
-
-def _value(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
 
 
 def approximation(method: Method, stored: Sequence[Tensor], x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ relative error, and how much of the error is bias (it stays when many draws are 
 much is noise. At the end rows of one X are drawn in their first two principal components, coloured
 by generator. `pamm_compile.fidelity` does the same on a model and a batch of your own.
 
-estimators.py says how methods are written; the package's own run as they ship.
+choices.py says how methods are written; the package's own run as they ship.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from examples.benchmarks import cli, corpus, estimators, machine, models, tables, training
-from examples.benchmarks.estimators import Choice
+from examples.benchmarks import choices, cli, corpus, estimators, machine, models, tables, training
+from examples.benchmarks.choices import Choice
 from pamm_compile.methods.base import Method, Size
 
 GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o",
@@ -277,8 +277,8 @@ def main() -> None:
     cli.prepare_study(args)
     torch.manual_seed(args.seed)
     facts = machine.facts("cpu", args.threads)
-    choices = [estimators.parse(method) for method in args.methods]
-    drawn = estimators.parse(args.picture)
+    choices = [choices.parse(method) for method in args.methods]
+    drawn = choices.parse(args.picture)
     last = args.steps - 1
     wanted = sorted(
         set(args.at or [0, args.steps // 10, args.steps // 3, 2 * args.steps // 3, last])

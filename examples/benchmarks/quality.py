@@ -4,7 +4,7 @@
     python examples/benchmarks/quality.py --methods exact generators:32 --pretrain 300 --lr 5e-4
     python examples/benchmarks/quality.py --table runs/quality.jsonl
 
-estimators.py says how methods are written; the package's own run as they ship. Only the weight
+choices.py says how methods are written; the package's own run as they ship. Only the weight
 gradients of the projections are approximated; training is fp32 and eager, and the bytes are those
 that a method would store of bfloat16 inputs. Every run is one line of JSON in --out; runs that are
 already there are not repeated, so that a study may be interrupted. Losses are in nats a byte.
@@ -33,17 +33,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.benchmarks import cli, corpus, estimators, machine, models, training
-from examples.benchmarks.estimators import Choice
+from examples.benchmarks import choices, cli, corpus, estimators, machine, models, training
+from examples.benchmarks.choices import Choice
 from pamm_compile.methods.base import Method, Size
 
 TARGETS = {
     "qkv": r"\.(q|k|v)_proj$",
+    "o": r"\.o_proj$",
+    "gate+up": r"\.(gate|up)_proj$",
+    "down": r"\.down_proj$",
     "mlp": r"\.(gate|up|down)_proj$",
     "qkv+mlp": r"\.(q|k|v|gate|up|down)_proj$",
     "linear": r"_proj$",
+    "all but qkv": r"\.(o|gate|up|down)_proj$",
+    "all but o": r"\.(q|k|v|gate|up|down)_proj$",
+    "all but gate+up": r"\.(q|k|v|o|down)_proj$",
+    "all but down": r"\.(q|k|v|o|gate|up)_proj$",
+    "first layer": r"layers\.0\..*_proj$",
+    "all but the first layer": r"layers\.[1-9]\d*\..*_proj$",
 }
 _LAST = 50
+_DEFAULTS = {"optimizer": "adamw", "clip": 1.0, "average": 0.0}
+"""Options that a record names only where they are others."""
 
 
 class Coder:
@@ -137,6 +148,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", choices=TARGETS, default="qkv")
     parser.add_argument("--steps", type=cli.positive, default=300)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of all gradients")
+    parser.add_argument(
+        "--average",
+        type=float,
+        default=0.0,
+        help="validate the average of the weights that keeps so much of itself in a step",
+    )
     parser.add_argument(
         "--pretrain",
         type=int,
@@ -160,18 +179,21 @@ def train(
     args: argparse.Namespace,
 ) -> list[float]:
     """Train a model in place, and return the loss of every step."""
+    optimizer = training.optimizer_of(model, args.lr, args.optimizer)
     run = training.Run(
-        choice.text, model, lambda batch: model(**batch).loss, training.optimizer_of(model, args.lr)
+        choice.text, model, lambda batch: model(**batch).loss, optimizer, clip=args.clip
     )
+    average = training.Average(model, args.average)
     data = training.batches(text.train, "llama", args.batch, args.sequence, seed)
     for step in range(steps):
-        is_exact = choice.is_exact or step < choice.exact_steps
         for coder in coders:
-            coder.method = None if is_exact else choice.method
+            coder.method = None if choice.is_exact_in(step, steps) else choice.method
             coder.step = step
         run.step(next(data), training.learning_rate(step, steps, args.lr))
+        average.update()
         for coder in coders:
             coder.forget()
+    average.apply()
     return run.losses
 
 
@@ -185,7 +207,8 @@ def validate(model: nn.Module, text: corpus.Text | corpus.Prose, args: argparse.
 def setting(args: argparse.Namespace) -> dict[str, Any]:
     """Return what two runs must share to be compared."""
     names = ("layers", "hidden", "heads", "batch", "sequence", "steps", "lr", "targets", "pretrain")
-    return {name: getattr(args, name) for name in names}
+    others = [name for name, usual in _DEFAULTS.items() if getattr(args, name) != usual]
+    return {name: getattr(args, name) for name in (*names, *others)}
 
 
 def run_one(
@@ -221,7 +244,7 @@ def pretrained(text: corpus.Text | corpus.Prose, seed: int, args: argparse.Names
     if args.pretrain:
         exact = copy.copy(args)
         exact.lr = 2e-3
-        train(model, [], estimators.parse("exact"), text, args.pretrain, seed, exact)
+        train(model, [], choices.parse("exact"), text, args.pretrain, seed, exact)
     return model
 
 
@@ -276,7 +299,7 @@ def main() -> None:
         print(table(run for path in args.table for run in records(path)))
         return
     cli.prepare_study(args)
-    methods = [estimators.parse(method) for method in args.methods]
+    methods = [choices.parse(method) for method in args.methods]
     # What a model is then tuned on it must not have seen before.
     text = corpus.Text(without=("pydoc_data",)) if args.pretrain else corpus.Text()
     tuned = corpus.Prose() if args.pretrain else text

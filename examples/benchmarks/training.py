@@ -27,9 +27,72 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def optimizer_of(model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    """Return the optimizer of all studies."""
-    return torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+OPTIMIZERS = {"adamw": 1.0, "sgd": 100.0, "muon": 10.0}
+"""Kinds of optimizers, and their learning rates by that of AdamW."""
+
+
+class Together(torch.optim.Optimizer):
+    """Several optimizers, each with parameters of its own, as one."""
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        groups = [group for each in optimizers for group in each.param_groups]
+        super().__init__(groups, {})
+        self._optimizers = optimizers
+        # The same objects, so that a rate that is set here is theirs.
+        self.param_groups = groups
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters."""
+        for each in self._optimizers:
+            each.step()
+
+
+def optimizer_of(model: nn.Module, rate: float, kind: str = "adamw") -> torch.optim.Optimizer:
+    """Return the optimizer of a study.
+
+    Args:
+        model: what is trained.
+        rate: peak learning rate of AdamW.
+        kind: "adamw"; "sgd", with momentum; or "muon", for the matrices of the blocks, with AdamW
+            for all else.
+    """
+    scale = OPTIMIZERS[kind]
+    parameters = dict(model.named_parameters())
+    if kind == "sgd":
+        group = {"params": list(parameters.values()), "scale": scale}
+        return torch.optim.SGD([group], lr=scale * rate, momentum=0.9)
+    inner = [n for n, p in parameters.items() if p.dim() == 2 and "layers." in n]
+    matrices = [parameters.pop(name) for name in inner] if kind == "muon" else []
+    rest = torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    if not matrices:
+        return rest
+    group = {"params": matrices, "scale": scale}
+    return Together([rest, torch.optim.Muon([group], lr=scale * rate, weight_decay=0.1)])
+
+
+class Average:
+    """A running average of a model's weights, to be validated in place of the last ones.
+
+    Args:
+        model: in training.
+        keep: share of the average that a step leaves; 0 averages nothing.
+    """
+
+    def __init__(self, model: nn.Module, keep: float) -> None:
+        self._model, self._keep = model, keep
+        self._average = [p.detach().clone() for p in model.parameters()] if keep else []
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take in the weights of a step."""
+        for average, weight in zip(self._average, self._model.parameters(), strict=False):
+            average.lerp_(weight, 1 - self._keep)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the average in place of the weights."""
+        for average, weight in zip(self._average, self._model.parameters(), strict=False):
+            weight.copy_(average)
 
 
 @dataclasses.dataclass
@@ -41,6 +104,8 @@ class Run:
     loss: Loss
     """The forward pass, compiled or not."""
     optimizer: torch.optim.Optimizer
+    clip: float = 1.0
+    """Largest norm of all gradients together."""
     losses: list[float] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
@@ -48,13 +113,13 @@ class Run:
         """Update the model once."""
         device = next(iter(batch.values())).device
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("scale", 1.0)
         synchronize(device)
         start = time.perf_counter()
         self.optimizer.zero_grad()
         loss = self.loss(batch)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         synchronize(device)
         self.seconds.append(time.perf_counter() - start)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pamm_compile
 from examples.benchmarks import estimators, quality
-from examples.benchmarks.estimators import parse
+from examples.benchmarks.choices import parse
 from pamm_compile.methods.base import Method, Size
 
 Run = Callable[..., str]
@@ -81,6 +81,62 @@ def test_sampling_and_sketching_are_unbiased(method: str) -> None:
     assert (total / draws - x).norm() < 1.3 * one / math.sqrt(draws)
 
 
+@pytest.mark.parametrize("text", ["rounded:4", "tail:12:4:damp=1", "lottery:6:share=3"])
+def test_controls_that_leave_nothing_out_are_unbiased(text: str) -> None:
+    x, draws = rows(), 400
+    total = torch.zeros_like(x)
+    for seed in range(draws):
+        total += approximation(text, x, seed)
+    one = (approximation(text, x, 0) - x).norm()
+    # The last draws 6 of 18 directions: what all 24 but these hold is left out.
+    allowed = 0.6 * x.norm() if text.startswith("lottery") else 0
+    assert (total / draws - x).norm() < allowed + 1.5 * one / math.sqrt(draws)
+
+
+def test_noise_is_as_long_as_asked_for() -> None:
+    x, grad = rows(), rows(1)
+    exact = grad.T @ x
+    method = parse("noise:0.3").method
+    found = [
+        method.weight_gradients(method.store(x, torch.tensor(seed), [24]), [grad], [False])[0]
+        for seed in range(50)
+    ]
+    assert (found[0] - exact).norm() / exact.norm() == pytest.approx(0.3, rel=0.1)
+    assert (torch.stack(found).mean(0) - exact).norm() / exact.norm() < 0.06
+
+
+def test_remedies_keep_what_they_say() -> None:
+    x = rows() + 3.0
+    assert approximation("restored:4", x).norm() == pytest.approx(float(x.norm()), rel=1e-4)
+    torch.testing.assert_close(approximation("centred:2", x).mean(0), x.mean(0))
+    # A random direction of the tail takes nothing from the first ones.
+    few, more = (approximation(text, x) for text in ("directions:8", "tail:12:4"))
+    assert (more - x).norm() < (few - x).norm()
+    size = Size(TOKENS, FEATURES, (24,), torch.bfloat16)
+    for text in ("tail:12:4", "lottery:8", "centred:8", "restored:8", "rounded:4"):
+        assert 0 < parse(text).method.stored_bytes(size) < size.bytes
+
+
+def test_some_steps_are_exact() -> None:
+    chosen = parse("subspace:8@first=2@last=1@every=4")
+    assert [step for step in range(10) if chosen.is_exact_in(step, 10)] == [0, 1, 4, 8, 9]
+    assert [step for step in range(4) if parse("rows:2@1").is_exact_in(step, 4)] == [0]
+    assert all(parse("exact").is_exact_in(step, 4) for step in range(4))
+
+
+@pytest.mark.parametrize("kind", quality.training.OPTIMIZERS)
+def test_optimizers_train_at_a_rate_of_their_own(kind: str) -> None:
+    args = quality.parse([*TINY, "--optimizer", kind, "--average", "0.5", "--clip", "2"])
+    torch.manual_seed(0)
+    model = quality.models.study_model(args)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    text = quality.corpus.Prose()
+    losses = quality.train(model, [], parse("exact"), text, 12, 0, args)
+    assert losses[-1] < losses[0]
+    assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert quality.setting(args) != quality.setting(quality.parse([*TINY]))
+
+
 def test_an_estimator_is_a_rule() -> None:
     """What is compared here can be trained with, compiled, by the same text."""
     model = torch.nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True)
@@ -142,6 +198,7 @@ def test_fill_stores_as_much_as_fits(name: str) -> None:
         ("rows", "missing 1 required positional argument"),
         ("rows:4:scale=norm", "unexpected keyword argument"),
         ("generators:4:scale=size", "no scale 'size'"),
+        ("rows:4@middle=3", "'@middle=3' is none of"),
     ],
 )
 def test_a_mistaken_method_is_explained(text: str, complaint: str) -> None:
