@@ -19,6 +19,7 @@ import argparse
 import functools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -155,6 +156,29 @@ def _first_loss() -> list[str]:
     return tables.markdown(header, rows)
 
 
+def _by_pamm() -> list[str]:
+    """Return the error of Subspace by that of PAMM, at equal bytes, a ratio a seed."""
+    targets = list(dict.fromkeys(study_estimators.TARGETS.values()))
+    of: dict[tuple[float, str], list[str]] = {}
+    for seed in range(3):
+        rows = _record(f"estimators-512-seed{seed}.json")["rows"]
+        for available in dict.fromkeys(row["bytes"] for row in rows):
+            names = dict.fromkeys(r["method"] for r in rows if r["bytes"] == available)
+            pamm, ours = (next(n for n in names if n.startswith(w)) for w in ("Pamm", "Subspace"))
+            for target in targets:
+                mine = [r for r in rows if (r["bytes"], r["target"]) == (available, target)]
+                a, b = (
+                    statistics.fmean(r["error"] for r in mine if r["method"] == name)
+                    for name in (ours, pamm)
+                )
+                of.setdefault((available, target), []).append(f"{a / b:.2f}")
+    rows = [
+        [f"{available:g}", *(", ".join(of[available, target]) for target in targets)]
+        for available in dict.fromkeys(available for available, _ in of)
+    ]
+    return tables.markdown(["bytes a token", *targets], rows)
+
+
 def _only(lines: list[str], names: Sequence[str]) -> list[str]:
     """Return the lines of a table up to its rule, and of its rows those of these names."""
     rule = next(number for number, line in enumerate(lines) if line.startswith("|--"))
@@ -167,7 +191,7 @@ def _losses(name: str) -> list[str]:
 
 
 def _as_written_today(lines: list[str]) -> list[str]:
-    """Return the lines of a table with methods spelled as estimators.py does.
+    """Return the lines of a table with methods spelled as choices.py does.
 
     Records are never changed, and older ones call PAMM with k = 16 "pamm:16".
     """
@@ -247,6 +271,10 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         ),
         SHOWN_ARMS,
     ),
+    "bytes-whole": lambda: partitions.arms_table(_record("partitions-whole.json")["models"]),
+    "bytes-whole-shown": lambda: partitions.arms_table(
+        {n: m for n, m in _record("partitions-whole.json")["models"].items() if n != "llama-350m"}
+    ),
     "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
     "loss-tuning-shown": lambda: _only(TABLES["loss-tuning"](), SHOWN_METHODS),
@@ -254,6 +282,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
     "loss-batch": lambda: _losses("quality-batch.jsonl"),
+    "subspace-by-pamm": _by_pamm,
     "subspace-variants": lambda: study_estimators.text_table(
         [_record("estimators-512-variants-seed0.json")]
     ).splitlines(),
