@@ -83,12 +83,20 @@ class Roles:
     # What stands between projections and attention ---------------------------------------------
 
     def _before(self, node: Node) -> list[Node]:
-        """Return the projections whose output another reads, streams left out."""
-        behind = self.flow.behind(self._found[node].input)
-        return sorted(n for n in behind if n in self._sizes and n not in self.flow.starts)
+        """Return the projections whose output another reads, streams left out.
+
+        Not those that scale or shift many tokens at once: conditioning has rows of its own, and
+        takes no part in what a weight mixes or a factor narrows.
+        """
+        read = self.flow.through(self._found[node].input)
+        return sorted(n for n in read if n in self._sizes and n not in self.flow.starts)
 
     def _decline_narrow(self, node: Node) -> None:
         weights = self._weights_over[self._sizes[node].rows]
+        read = self.flow.through(self._found[node].input)
+        if not all(n in self._sizes and self._sizes[n].is_narrow for n in read):
+            # A sum or a product with something wide is not narrow.
+            return
         for other in self._before(node):
             sizes = self._sizes[other]
             # What combines parallel streams runs over features, not over tokens.

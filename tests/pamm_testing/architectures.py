@@ -275,4 +275,33 @@ OTHERS = [
     ),
 ]  # fmt: skip
 
-ARCHITECTURES = [*DECODERS, *ENCODERS, *OTHERS]
+
+def _diffusion_transformer() -> nn.Module:
+    # Its own import: every other test does without it.
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=16, patch_size=2, in_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=4, joint_attention_dim=24, caption_projection_dim=WIDTH,
+        pooled_projection_dim=16, out_channels=4, pos_embed_max_size=16,
+    )  # fmt: skip
+
+
+def _noisy_images() -> Batch:
+    return {
+        "hidden_states": torch.randn(BATCH, 4, 16, 16), "timestep": torch.arange(BATCH),
+        "encoder_hidden_states": torch.randn(BATCH, 7, 24),
+        "pooled_projections": torch.randn(BATCH, 16),
+    }  # fmt: skip
+
+
+DIFFUSION = [
+    # Two streams attend together, and conditioning with more weights than either scales both.
+    Architecture(
+        "sd3", _diffusion_transformer, _noisy_images,
+        qkv=(r"\.attn\.(to_[qkv]|add_[qkv]_proj)\.weight$",), sites=4,
+        output=(r"\.attn\.to_(add_)?out(\.0)?\.weight$",),
+        mlp=(r"\.ff(_context)?\.net\.\d.*\.weight$",), head=(r"^proj_out\.weight$",),
+    ),
+]  # fmt: skip
+ARCHITECTURES = [*DECODERS, *ENCODERS, *OTHERS, *DIFFUSION]

@@ -11,7 +11,7 @@ import torch
 from pamm_testing.attention import QKV, Attention, attend, by_hand, example, linear
 from pamm_testing.forms import HEAD, join_heads, split_heads
 from pamm_testing.graphs import Look, look
-from pamm_testing.zoo import HEADS, LENGTH, WIDTH
+from pamm_testing.zoo import BATCH, HEADS, LENGTH, WIDTH
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,6 +131,47 @@ def test_what_may_stand_between_a_projection_and_attention(how: str) -> None:
         assert found.reasons == {"conv.weight": "NOT_A_PROJECTION"}
     else:
         assert not found.reasons
+
+
+class _Conditioned(nn.Module):
+    """Two streams that attend together, each scaled by more weights than it has itself."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.condition = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, inner), nn.SiLU(), nn.Linear(inner, 2 * WIDTH))
+            for _ in range(2)
+        )
+        self.qkv = nn.ModuleList(linear(3 * WIDTH) for _ in range(2))
+
+    def forward(self, x: Tensor, text: Tensor, time: Tensor) -> Tensor:
+        projected = []
+        for stream, condition, qkv in zip((x, text), self.condition, self.qkv, strict=True):
+            scale, shift = condition(time)[:, None].chunk(2, -1)
+            h = F.layer_norm(stream, (WIDTH,)) * (1 + scale) + shift
+            projected.append(qkv(h))
+        q, k, v = map(split_heads, torch.cat(projected, 1).chunk(3, -1))
+        return attend(q, k, v).square().mean()
+
+
+@pytest.mark.parametrize("inner", [8, 8 * WIDTH])
+def test_conditioning_is_not_what_feeds_attention(inner: int) -> None:
+    """Whatever scales an input, it is neither narrow nor a mixture of what made the scale."""
+    batch = {"x": torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)}
+    batch |= {"text": torch.randn(BATCH, 5, WIDTH, requires_grad=True)}
+    found = look(_Conditioned(inner), batch | {"time": torch.randn(BATCH, WIDTH)})
+    assert found.compressed == {"qkv.0.weight", "qkv.1.weight"}
+    assert found.held("qkv") == found.compressed
+
+
+def test_a_product_with_something_wide_is_not_narrow() -> None:
+    class Scaled(Attention):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x) * torch.cat([self.narrow(x)] * 2, -1)
+            return attend(*(split_heads(layer(h)) for layer in (self.q, self.k, self.v))).sum()
+
+    batch = {"x": torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)}
+    assert look(Scaled(narrow=linear(WIDTH // 2)), batch).compressed == QKV
 
 
 class _TalkingHeads(Attention):
