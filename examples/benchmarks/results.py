@@ -128,6 +128,24 @@ def _whole(*folders: str) -> list[str]:
     return tables.markdown(["by compile", "saved", "peak", "time (quartiles)"], rows)
 
 
+def _adapters() -> list[str]:
+    """Return what examples/train.py printed of adapters."""
+    runs = _record("lora-seed0.json")["runs"]
+    exact = runs[0]["validation_loss"]
+    rows = [
+        [
+            run["name"],
+            f"{run['validation_loss']:.3f}",
+            f"{run['validation_loss'] - exact:+.3f}",
+            *(f"{run[key] / 2**20:.1f}" for key in ("saved_bytes", "peak_bytes")),
+            f"{run['time_ratio']:.2f} ×",
+        ]
+        for run in runs
+    ]
+    header = ["adapters of rank 8", "validation loss", "above exact", "saved MiB", "peak MiB", "step"]
+    return tables.markdown(header, rows)
+
+
 WHOLE_METHODS = {
     ("exact", "qkv"): "exact",
     ("generators:16", "qkv"): "PAMM, k = 16, on Q, K, V",
@@ -254,7 +272,7 @@ SHOWN_METHODS = (
 TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
-    "steps-whole": lambda: _whole("whole-350m", "whole-60m"),
+    "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
     "compile-models": lambda: tables.markdown(
         compile_time.MODEL_HEAD, compile_time.model_rows(_record("compile_time.json"))
     ),
@@ -279,6 +297,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
     "loss-tuning-shown": lambda: _only(TABLES["loss-tuning"](), SHOWN_METHODS),
     "loss-whole": lambda: _losses("quality-whole.jsonl"),
+    "loss-adapters": _adapters,
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
     "loss-batch": lambda: _losses("quality-batch.jsonl"),
