@@ -142,7 +142,14 @@ def _adapters() -> list[str]:
         ]
         for run in runs
     ]
-    header = ["adapters of rank 8", "validation loss", "above exact", "saved MiB", "peak MiB", "step"]
+    header = [
+        "adapters of rank 8",
+        "validation loss",
+        "above exact",
+        "saved MiB",
+        "peak MiB",
+        "step",
+    ]
     return tables.markdown(header, rows)
 
 
