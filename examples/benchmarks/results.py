@@ -280,6 +280,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
+    "steps-bf16": lambda: _whole("whole-60m-bf16"),
     "compile-models": lambda: tables.markdown(
         compile_time.MODEL_HEAD, compile_time.model_rows(_record("compile_time.json"))
     ),
