@@ -22,6 +22,7 @@ Controls, whose error is known, and remedies, of controls.py:
     lottery:40:share=2          40 of 80 directions, drawn by their size and reweighted
     centred:40                  the mean token exactly, and 40 directions of the rest
     restored:40                 40 directions, and X̂ made as long as X
+    shares:0.1:0.1:0.2:0.2      directions at the inputs of q, k, v; o; gate, up; down, by features
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ NAMES: dict[str, Callable[..., Method]] = {
     "lottery": controls.Lottery,
     "centred": controls.Centred,
     "restored": controls.Restored,
+    "shares": controls.Shares,
 }
 """Beside those of `pamm_compile.methods.METHODS`."""
 

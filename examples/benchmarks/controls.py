@@ -164,3 +164,38 @@ class Restored(_Directions):
         basis = _directions(x, self.r, seed)
         found = x @ basis.T @ basis
         return found * (x.norm() / found.norm().clamp(min=1e-30))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares(Estimator):
+    """The package's `Subspace`, of another rank for the input of every target.
+
+    A share of the input's features; which target it is the sizes say.
+    """
+
+    qkv: float
+    o: float
+    gate_up: float
+    down: float
+
+    def of(self, features: int, outputs: Sequence[int]) -> Subspace:
+        """Return the method of one input."""
+        if features > max(outputs):
+            share = self.down
+        elif max(outputs) > features:
+            share = self.gate_up
+        else:
+            share = self.qkv if len(outputs) > 1 else self.o
+        return Subspace(max(1, round(share * features)))
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        return self.of(x.shape[1], outputs).store(x, seed, outputs)
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        # What is stored says the rank.
+        return Subspace(1).weight_gradients(stored, grads, transposed)
+
+    def stored_bytes(self, size: Size) -> int:
+        return self.of(size.features, size.outputs).stored_bytes(size)
