@@ -65,7 +65,8 @@ class Coder:
         self.method: Method | None = None
         self.outputs: list[int] = []
         self.step = 0
-        self.size: Size | None = None
+        self.stored_bytes = 0
+        """Of the last step that was not exact."""
         self._of: Tensor | None = None
         self._stored: tuple[Tensor, ...] = ()
 
@@ -77,13 +78,10 @@ class Coder:
             seed = estimators.seed_of(flat, self.step, self.number)
             self._stored = self.method.store(flat, seed, self.outputs)
             # As in training with bfloat16, though the arithmetic here is float32.
-            self.size = Size(*flat.shape, tuple(self.outputs), torch.bfloat16)
+            size = Size(*flat.shape, tuple(self.outputs), torch.bfloat16)
+            self.stored_bytes = self.method.stored_bytes(size)
             self._of = x
         return self._stored
-
-    @property
-    def stored_bytes(self) -> int:
-        return self.method.stored_bytes(self.size) if self.method and self.size else 0
 
     def forget(self) -> None:
         self._of, self._stored = None, ()
