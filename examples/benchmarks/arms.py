@@ -24,6 +24,8 @@ WHOLE = "linear=subspace"
 """Every linear layer, by the method whose loss allows it, at its defaults."""
 SHORT = "linear=subspace:0.0625"
 """The same with half the directions."""
+UNEVEN = "/down_proj/=subspace:0.1875, linear=subspace:0.0625"
+"""The same with half the directions, and three halves at down, whose input has most of them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ ARMS = (
     Arm("whole model + budget 0.99", rules=WHOLE, budget=0.99),
     Arm("whole model, rank 1/16", rules=SHORT),
     Arm("whole model, rank 1/16 + budget 0.99", rules=SHORT, budget=0.99),
+    Arm("whole model, uneven ranks", rules=UNEVEN),
     Arm("compile + budget 0.5", budget=0.5),
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),
@@ -102,7 +105,7 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
     """
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
-        goal=goal or ("speed" if arm.rules in (WHOLE, SHORT) else "memory"),
+        goal=goal or ("speed" if arm.rules in (WHOLE, SHORT, UNEVEN) else "memory"),
         min_tokens=case.min_tokens,
         base=case.base,
     )
