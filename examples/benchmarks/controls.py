@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -177,6 +178,7 @@ class Shares(Estimator):
     o: float
     gate_up: float
     down: float
+    bits: Literal[4, 8] | None = 4
 
     def of(self, features: int, outputs: Sequence[int]) -> Subspace:
         """Return the method of one input."""
@@ -186,7 +188,7 @@ class Shares(Estimator):
             share = self.gate_up
         else:
             share = self.qkv if len(outputs) > 1 else self.o
-        return Subspace(max(1, round(share * features)))
+        return Subspace(max(1, round(share * features)), bits=self.bits)
 
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
         return self.of(x.shape[1], outputs).store(x, seed, outputs)
@@ -195,7 +197,7 @@ class Shares(Estimator):
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
         # What is stored says the rank.
-        return Subspace(1).weight_gradients(stored, grads, transposed)
+        return Subspace(1, bits=self.bits).weight_gradients(stored, grads, transposed)
 
     def stored_bytes(self, size: Size) -> int:
         return self.of(size.features, size.outputs).stored_bytes(size)
