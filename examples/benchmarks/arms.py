@@ -24,8 +24,8 @@ WHOLE = "linear=subspace"
 """Every linear layer, by the method whose loss allows it, at its defaults."""
 SHORT = "linear=subspace:0.0625"
 """The same with half the directions."""
-UNEVEN = "/down_proj/=subspace:0.1875:bits=8, linear=subspace:0.0625:bits=8"
-"""In 8 bits, half the directions, and three halves at down, whose input has most of them."""
+UNEVEN = "/down_proj/=subspace:0.1875:bits=None, linear=subspace:0.0625:bits=None"
+"""Not rounded; half the directions, and three halves at down, whose input has most of them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ ARMS = (
     Arm("whole model + budget 0.99", rules=WHOLE, budget=0.99),
     Arm("whole model, rank 1/16", rules=SHORT),
     Arm("whole model, rank 1/16 + budget 0.99", rules=SHORT, budget=0.99),
-    Arm("whole model, 8 bits", rules=UNEVEN),
+    Arm("whole model, not rounded", rules=UNEVEN),
     Arm("compile + budget 0.5", budget=0.5),
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),
