@@ -35,6 +35,8 @@ class Architecture:
     unread: dict[str, str] = field(default_factory=dict)
     """Patterns of weights that no matmul reads, with the target that lists them."""
     loss: Callable[[Any], Tensor] = field(default=lambda out: out.loss)
+    library: str = ""
+    """What else must be installed."""
 
 
 _SIZES: dict[str, Any] = {
@@ -302,6 +304,7 @@ DIFFUSION = [
         qkv=(r"\.attn\.(to_[qkv]|add_[qkv]_proj)\.weight$",), sites=4,
         output=(r"\.attn\.to_(add_)?out(\.0)?\.weight$",),
         mlp=(r"\.ff(_context)?\.net\.\d.*\.weight$",), head=(r"^proj_out\.weight$",),
+        library="diffusers",
     ),
 ]  # fmt: skip
 ARCHITECTURES = [*DECODERS, *ENCODERS, *OTHERS, *DIFFUSION]

@@ -29,6 +29,8 @@ def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
 
 @pytest.mark.parametrize("case", [pytest.param(c, id=c.name) for c in ARCHITECTURES])
 def test_targets_of_architectures(case: Architecture) -> None:
+    if case.library:
+        pytest.importorskip(case.library, reason="of the extra [diffusion]")
     model = case.build().train()
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     found = look(model, case.batch())
