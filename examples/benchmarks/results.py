@@ -39,6 +39,7 @@ from examples.benchmarks import (
     output,
     partitions,
     quality,
+    scratch,
     study_estimators,
     tables,
 )
@@ -227,6 +228,15 @@ def _as_written_today(lines: list[str]) -> list[str]:
     return [re.sub(r"`[^`]*`", spell, line) for line in lines]
 
 
+def _random(rows: Sequence[scratch.Row]) -> list[str]:
+    return scratch.study(quality.records(RECORDS / "quality-random.jsonl"), rows)
+
+
+def _race() -> list[str]:
+    arms = _record("whole-60m-race/benchmark.json")["models"]["llama-60m"]["arms"]
+    return scratch.race(quality.records(RECORDS / "quality-random-512.jsonl"), arms)
+
+
 def _compiled() -> list[str]:
     path = "pamm_compile/methods/pamm/triton/figures.json"
     records = json.loads((CHECKOUT / path).read_text())["kernels"]
@@ -306,6 +316,15 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "loss-tuning-shown": lambda: _only(TABLES["loss-tuning"](), SHOWN_METHODS),
     "loss-whole": lambda: _losses("quality-whole.jsonl"),
     "loss-adapters": _adapters,
+    **{
+        f"random-{name}": functools.partial(_random, rows)
+        for name, rows in (
+            ("yardstick", scratch.YARDSTICK),
+            ("causes", scratch.CAUSES),
+            ("remedies", scratch.REMEDIES),
+        )
+    },
+    "random-race": _race,
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
     "loss-batch": lambda: _losses("quality-batch.jsonl"),

@@ -173,3 +173,17 @@ def time_to_loss(records: Records, base: dict[str, Any], races: Sequence[Race]) 
         lines.append([race.label, gap, needed, f"{race.step:.3f}", shown])
     header = ["", "above exact at its steps", "steps to its loss", "a step", "time to its loss"]
     return tables.markdown(header, lines)
+
+
+def study(records: Records, rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a table of the study at width 128."""
+    base = base_of(records, hidden=128, targets="linear", steps=300, lr=2e-3)
+    return table(records, base, rows)
+
+
+def race(records: Records, arms: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the lines of the race at width 512, by step times of the same shape and rules."""
+    step = arms["whole model, not rounded"]["time_ratio"]["median"]
+    method = "shares:0.0625:0.0625:0.0625:0.07:bits=None"
+    base = base_of(records, hidden=512, targets="linear", steps=200)
+    return time_to_loss(records, base, [Race("r = 32, and 96 at down", method, step)])
