@@ -277,7 +277,7 @@ def main() -> None:
     cli.prepare_study(args)
     torch.manual_seed(args.seed)
     facts = machine.facts("cpu", args.threads)
-    choices = [choices.parse(method) for method in args.methods]
+    chosen = [choices.parse(method) for method in args.methods]
     drawn = choices.parse(args.picture)
     last = args.steps - 1
     wanted = sorted(
@@ -295,7 +295,7 @@ def main() -> None:
         recorder.enabled = step in wanted
         run.step(next(data), training.learning_rate(step, args.steps, args.lr))
         if recorder.enabled:
-            rows += measure(recorder, choices, step, args)
+            rows += measure(recorder, chosen, step, args)
             print(f"step {step}: loss {run.losses[-1]:.3f}", flush=True)
 
     args.out.mkdir(parents=True, exist_ok=True)
