@@ -74,17 +74,19 @@ def times(records: Records) -> list[str]:
 
 
 def ranks(records: Records) -> list[str]:
-    """A row a rank: loss of answers and of text, before and after fine-tuning."""
-    whole = next(r for r in records if r.get("rank") is None and "from_nothing" not in r)
-    of: dict[tuple[str, int], dict[bool, dict[str, Any]]] = {}
+    """A row a rank: losses of answers and of text, before and after fine-tuning, by model."""
+    whole = [r for r in records if r.get("rank") is None and "from_nothing" not in r]
+    of: dict[tuple[str, int], dict[bool, Records]] = {}
     for record in records:
         if "tuned" in record:
-            key = (record["rotary"], record["rank"])
-            of.setdefault(key, {})[bool(record["tuned"])] = record
-    rows = [["whole", _losses(whole), "-"]]
-    rows += [
-        [f"{r}, {rotary}", _losses(v[False]), _losses(v[True])] for (rotary, r), v in of.items()
-    ]
+            by_tuning = of.setdefault((record["rotary"], record["rank"]), {})
+            by_tuning.setdefault(bool(record["tuned"]), []).append(record)
+
+    def cell(found: Records) -> str:
+        return ", ".join(map(_losses, found))
+
+    rows = [["whole", cell(whole), "-"]]
+    rows += [[f"{r}, {rotary}", cell(v[False]), cell(v[True])] for (rotary, r), v in of.items()]
     return tables.markdown(["rank", "as factored", "fine-tuned"], rows)
 
 
