@@ -54,6 +54,7 @@ CAUSES = (
 )
 REMEDIES = (
     Row("r = 20: nothing", "subspace:20"),
+    Row("r = 20, 8 bits", "subspace:20:bits=8"),
     Row("the first fifth of the steps exact", "subspace:20@first=60"),
     Row("the last fifth exact", "subspace:20@last=60"),
     Row("every fourth step exact", "subspace:20@every=4"),
