@@ -29,48 +29,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from examples.benchmarks import controls, estimators
-from examples.benchmarks.estimators import Chain, Estimator, Exact
+from examples.benchmarks.estimators import Chain, Exact, Filled
 from pamm_compile.methods import METHODS
-from pamm_compile.methods.base import Method, Size
-
-
-@dataclasses.dataclass(frozen=True)
-class Filled(Estimator):
-    """As large as fits into some bytes a token, counted in bfloat16, and at least 1."""
-
-    make: Callable[[int], Method]
-    bytes_a_token: float
-
-    def fitting(self, tokens: int, features: int, outputs: Sequence[int]) -> int:
-        size = Size(tokens, features, tuple(outputs), torch.bfloat16)
-        most = 1
-        while (
-            most < min(tokens, 4 * features)
-            and self.make(most + 1).stored_bytes(size) <= self.bytes_a_token * tokens
-        ):
-            most += 1
-        return most
-
-    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
-        size = self.fitting(x.shape[0], x.shape[1], outputs)
-        return (*self.make(size).store(x, seed, outputs), x.new_empty((size, 0)))
-
-    def weight_gradients(
-        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
-    ) -> list[Tensor]:
-        *kept, size = stored
-        return self.make(size.shape[0]).weight_gradients(kept, grads, transposed)
-
-    def stored_bytes(self, size: Size) -> int:
-        return self.make(self.fitting(size.tokens, size.features, size.outputs)).stored_bytes(size)
-
+from pamm_compile.methods.base import Method
 
 NAMES: dict[str, Callable[..., Method]] = {
     "exact": Exact,

@@ -1,6 +1,6 @@
 """Estimators with an error of a known kind, and remedies for what `Subspace` leaves out.
 
-All store X̂ itself, dense, and count the bytes that a method would need that did better.
+Most store X̂ itself, dense, and count the bytes that a method would need that did better.
 """
 
 from __future__ import annotations

@@ -239,6 +239,37 @@ class Chain(Estimator):
         return self.first.stored_bytes(size) + self.second.stored_bytes(size)
 
 
+@dataclasses.dataclass(frozen=True)
+class Filled(Estimator):
+    """As large as fits into some bytes a token, counted in bfloat16, and at least 1."""
+
+    make: Callable[[int], Method]
+    bytes_a_token: float
+
+    def fitting(self, tokens: int, features: int, outputs: Sequence[int]) -> int:
+        size = Size(tokens, features, tuple(outputs), torch.bfloat16)
+        most = 1
+        while (
+            most < min(tokens, 4 * features)
+            and self.make(most + 1).stored_bytes(size) <= self.bytes_a_token * tokens
+        ):
+            most += 1
+        return most
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        size = self.fitting(x.shape[0], x.shape[1], outputs)
+        return (*self.make(size).store(x, seed, outputs), x.new_empty((size, 0)))
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        *kept, size = stored
+        return self.make(size.shape[0]).weight_gradients(kept, grads, transposed)
+
+    def stored_bytes(self, size: Size) -> int:
+        return self.make(self.fitting(size.tokens, size.features, size.outputs)).stored_bytes(size)
+
+
 def directions(r: int) -> Method:
     """Return r principal directions that are not quantised."""
     return METHODS["subspace"](rank=r, bits=None, iterations=2)

@@ -291,8 +291,8 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
-    args = parse()
+def main(arguments: list[str] | None = None) -> None:
+    args = parse(arguments)
     if args.table:
         print(table(run for path in args.table for run in records(path)))
         return

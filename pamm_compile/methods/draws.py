@@ -2,11 +2,11 @@
 
     pamm::content_seed(Tensor x, int salt) -> Tensor
     pamm::site_seeds(Tensor seed, int count) -> Tensor[]
-    pamm::sample_rows(Tensor seed, SymInt tokens, SymInt k, str sampling) -> Tensor
+    pamm::sample_rows(SymInt tokens, SymInt k, Tensor seed, str sampling) -> Tensor
 
 A hash is a few hundred integer operations. Inductor generates them anew in every kernel that reads
-one, which on a CPU costs a fifth of the time of compiling, and saves microseconds of a step. On a
-GPU every operator would be a launch: there a graph holds what `sampling` computes, to be fused.
+one, which on a CPU is a tenth of the time of compiling. On a GPU every operator would be a launch:
+there a graph holds what `sampling` computes, to be fused.
 """
 
 from __future__ import annotations
@@ -25,13 +25,9 @@ _OPERATORS = torch.ops.pamm
 for _schema in (
     "content_seed(Tensor x, int salt) -> Tensor",
     "site_seeds(Tensor seed, int count) -> Tensor[]",
-    "sample_rows(Tensor seed, SymInt tokens, SymInt k, str sampling) -> Tensor",
+    "sample_rows(SymInt tokens, SymInt k, Tensor seed, str sampling) -> Tensor",
 ):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-
-
-def _content_seed(x: Tensor, salt: int) -> Tensor:
-    return sampling.content_seed(x, salt)
 
 
 def _site_seeds(seed: Tensor, count: int) -> list[Tensor]:
@@ -40,13 +36,9 @@ def _site_seeds(seed: Tensor, count: int) -> list[Tensor]:
     return [each.clone() for each in site_seed(seed, numbers).unbind()]
 
 
-def _sample_rows(seed: Tensor, tokens: int, k: int, how: Sampling) -> Tensor:
-    return sampling.sample_rows(tokens, k, seed, how)
-
-
-_LIBRARY.impl("content_seed", _content_seed, "CompositeExplicitAutograd")
+_LIBRARY.impl("content_seed", sampling.content_seed, "CompositeExplicitAutograd")
 _LIBRARY.impl("site_seeds", _site_seeds, "CompositeExplicitAutograd")
-_LIBRARY.impl("sample_rows", _sample_rows, "CompositeExplicitAutograd")
+_LIBRARY.impl("sample_rows", sampling.sample_rows, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("pamm::content_seed", lib=_LIBRARY)
@@ -60,7 +52,7 @@ def _fake_site_seeds(seed: Tensor, count: int) -> list[Tensor]:
 
 
 @torch.library.register_fake("pamm::sample_rows", lib=_LIBRARY)
-def _fake_sample_rows(seed: Tensor, tokens: int, k: int, how: Sampling) -> Tensor:
+def _fake_sample_rows(tokens: int, k: int, seed: Tensor, how: Sampling) -> Tensor:
     return seed.new_empty((k,))
 
 
@@ -85,7 +77,7 @@ def sample_rows(
     """Return `sampling.sample_rows(tokens, k, seed, how)`, on CPUs as one operator of a graph."""
     if seed.device.type != "cpu":
         return sampling.sample_rows(tokens, k, seed, how)
-    return cast(Tensor, _OPERATORS.sample_rows.default(seed, tokens, k, how))
+    return cast(Tensor, _OPERATORS.sample_rows.default(tokens, k, seed, how))
 
 
 def _lower_content_seed(x: Any, salt: int) -> Any:

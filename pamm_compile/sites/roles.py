@@ -88,13 +88,16 @@ class Roles:
         Not those that scale or shift many tokens at once: conditioning has rows of its own, and
         takes no part in what a weight mixes or a factor narrows.
         """
-        read = self.flow.through(self._found[node].input)
+        read = self._read(node)
         return sorted(n for n in read if n in self._sizes and n not in self.flow.starts)
+
+    def _read(self, node: Node) -> frozenset[Node]:
+        """Return the stops whose own elements a projection reads."""
+        return self.flow.through(self._found[node].input)
 
     def _decline_narrow(self, node: Node) -> None:
         weights = self._weights_over[self._sizes[node].rows]
-        read = self.flow.through(self._found[node].input)
-        if not all(n in self._sizes and self._sizes[n].is_narrow for n in read):
+        if not all(n in self._sizes and self._sizes[n].is_narrow for n in self._read(node)):
             # A sum or a product with something wide is not narrow.
             return
         for other in self._before(node):

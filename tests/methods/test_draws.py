@@ -28,8 +28,8 @@ OPERATORS = torch.ops.pamm
         (OPERATORS.content_seed.default, (torch.randn(65, 7), 3)),
         (OPERATORS.content_seed.default, (torch.randn(7, 65, dtype=torch.bfloat16).t(), 3)),
         (OPERATORS.site_seeds.default, (torch.tensor(12345), 5)),
-        (OPERATORS.sample_rows.default, (torch.tensor(12345), 65, 7, "stratified")),
-        (OPERATORS.sample_rows.default, (torch.tensor(12345), 65, 7, "uniform")),
+        (OPERATORS.sample_rows.default, (65, 7, torch.tensor(12345), "stratified")),
+        (OPERATORS.sample_rows.default, (65, 7, torch.tensor(12345), "uniform")),
     ],
 )
 def test_schemas(operator: Any, arguments: tuple[Any, ...]) -> None:
