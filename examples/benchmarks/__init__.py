@@ -13,6 +13,7 @@ else is. Processes that a script starts are given the same path.
 | memory, time and loss of whole training steps | steps.py |
 | saved bytes of models of full size, without running them | partitions.py |
 | the loss after training, by method | quality.py |
+| losses from random weights: causes, remedies, time to a loss | scratch.py |
 | the gradients themselves, by method | fidelity.py |
 | the time of compiling | compile_time.py |
 | kernels on a GPU, on a CPU | kernels.py, cpu_kernels.py |
@@ -21,5 +22,6 @@ else is. Processes that a script starts are given the same path.
 | the tables in docs/, from records in docs/benchmarks/ | results.py |
 
 What they share is each in one module: models (and their sizes), corpus, machine, timing, tables,
-training, estimators (methods that are compared only), processes, cli.
+training, estimators and controls (methods that are compared only), choices (how they are written),
+processes, cli.
 """

@@ -135,10 +135,15 @@ def precision(case: Case) -> AbstractContextManager[Any]:
     )
 
 
+def study_inner(hidden: int) -> int:
+    """Return the features between the projections of a study's MLP."""
+    # Three matrices of 8/3 · hidden do the work of two of 4 · hidden, as in LLaMA.
+    return math.ceil(hidden * 8 / 3 / 32) * 32
+
+
 def study_model(args: argparse.Namespace) -> nn.Module:
     """Build the small LLaMA that the options of a study describe."""
-    # Three matrices of 8/3 · hidden do the work of two of 4 · hidden, as in LLaMA.
-    inner = math.ceil(args.hidden * 8 / 3 / 32) * 32
+    inner = study_inner(args.hidden)
     shape = Shape("llama", args.hidden, args.layers, args.heads, inner, 256, args.sequence)
     return build(shape)
 

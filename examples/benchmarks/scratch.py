@@ -1,17 +1,31 @@
-"""The tables of training from random weights, from the records of quality.py.
+"""Training from random weights: where a gap comes from, what helps, and the time to a loss.
 
-Rows name a method, what it approximates and what differs from the study's setting. One that lacks a
-seed that the exact runs have is left out: three seeds or no claim.
+    python examples/benchmarks/scratch.py                  # hours
+    python examples/benchmarks/scratch.py --only race
+
+Runs quality.py for every row, three seeds each, and prints the tables. Runs that --out holds are
+not repeated. Rows name a method, what it approximates and what differs from the study's setting;
+one that lacks a seed is left out of a table: three seeds or no claim.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from examples.benchmarks import tables
+import torch
+
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from examples.benchmarks import choices, cli, models, quality, tables
+from pamm_compile.methods.base import Size
 
 Records = Sequence[dict[str, Any]]
 SEEDS = 3
@@ -95,17 +109,6 @@ def gaps(records: Records, base: dict[str, Any], row: Row) -> list[float]:
     return [runs[seed]["validation"] - exact[seed]["validation"] for seed in seeds]
 
 
-def base_of(records: Records, **chosen: Any) -> dict[str, Any]:
-    """Return the setting of the first record that has these values, with nothing unusual in it."""
-    usual = min((len(r["setting"]) for r in records), default=0)
-    found: dict[str, Any] = next(
-        r["setting"]
-        for r in records
-        if len(r["setting"]) == usual and chosen.items() <= r["setting"].items()
-    )
-    return found
-
-
 def table(records: Records, base: dict[str, Any], rows: Sequence[Row]) -> list[str]:
     """Return the lines of a table: bytes, and the gap by seed with its standard error."""
     lines = []
@@ -176,15 +179,75 @@ def time_to_loss(records: Records, base: dict[str, Any], races: Sequence[Race]) 
     return tables.markdown(header, lines)
 
 
+_SMALL = {"hidden": "128", "layers": "2", "batch": "8", "targets": "linear"}
+_WIDE = _SMALL | {"hidden": "512", "heads": "8", "steps": "200", "lr": "1e-3"}
+
+
+def _setting(chosen: dict[str, str]) -> argparse.Namespace:
+    return quality.parse([f"--{name}={value}" for name, value in chosen.items()])
+
+
+STUDY = _setting(_SMALL)
+"""The setting of causes and remedies; the rest is quality.py's own."""
+RACE = _setting(_WIDE)
+RACED = "shares:0.0625:0.0625:0.0625:0.07:bits=None"
+"""As many directions as the arm "whole model, not rounded", whose step is timed."""
+LONGER = 215
+"""Steps of the longer runs."""
+
+
 def study(records: Records, rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a table of the study at width 128."""
-    base = base_of(records, hidden=128, targets="linear", steps=300, lr=2e-3)
-    return table(records, base, rows)
+    """Return the lines of a table of causes or remedies."""
+    return table(records, quality.setting(STUDY), rows)
+
+
+def share_of_bytes(method: str, args: argparse.Namespace) -> float:
+    """Return what a method stores of a layer's inputs, by the inputs, both in bfloat16."""
+    n, inner = args.hidden, models.study_inner(args.hidden)
+    sites = [(n, (n, n, n)), (n, (n,)), (n, (inner, inner)), (inner, (n,))]
+    sizes = [Size(args.batch * args.sequence, *site, torch.bfloat16) for site in sites]
+    chosen = choices.parse(method).method
+    return sum(map(chosen.stored_bytes, sizes)) / sum(size.bytes for size in sizes)
 
 
 def race(records: Records, arms: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the lines of the race at width 512, by step times of the same shape and rules."""
+    """Return the lines of the race, by step times of the same shape and rules."""
     step = arms["whole model, not rounded"]["time_ratio"]["median"]
-    method = "shares:0.0625:0.0625:0.0625:0.07:bits=None"
-    base = base_of(records, hidden=512, targets="linear", steps=200)
-    return time_to_loss(records, base, [Race("r = 32, and 96 at down", method, step)])
+    share = f"{100 * share_of_bytes(RACED, RACE):.1f} % of the bytes"
+    found = [Race(f"r = 32, and 96 at down, {share}", RACED, step)]
+    return time_to_loss(records, quality.setting(RACE), found)
+
+
+def command(setting: argparse.Namespace, row: Row) -> list[str]:
+    """Return the options by which quality.py runs a row's method, paths and seeds aside."""
+    changed = quality.setting(setting) | dict(row.others) | {"targets": row.targets}
+    options = [text for name, value in changed.items() for text in (f"--{name}", str(value))]
+    return [*options, "--methods", row.method]
+
+
+def main() -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--only", choices=("study", "race"), help="default: both")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the records")
+    parser.add_argument("--threads", type=cli.positive, default=1)
+    args = parser.parse_args()
+
+    def run(file: Path, setting: argparse.Namespace, rows: Sequence[Row]) -> None:
+        paths = ["--out", str(file), "--threads", str(args.threads)]
+        for row in rows:
+            # An exact run is the same whatever would be approximated.
+            for each in (Row("", "exact", others=row.others), row):
+                quality.main([*paths, *command(setting, each)])
+
+    if args.only != "race":
+        file = args.out / "quality-random.jsonl"
+        run(file, STUDY, (*YARDSTICK, *CAUSES, *REMEDIES))
+        for rows in (YARDSTICK, CAUSES, REMEDIES):
+            print("\n".join(["", *study(quality.records(file), rows)]))
+    if args.only != "study":
+        longer = Row("", RACED, others=(("steps", LONGER),))
+        run(args.out / "quality-random-512.jsonl", RACE, (Row("", RACED), longer))
+
+
+if __name__ == "__main__":
+    cli.run(main)

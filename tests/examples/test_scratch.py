@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from examples.benchmarks import scratch
+from examples.benchmarks import quality, scratch
 from examples.benchmarks.scratch import Race, Row
 
 BASE = {"hidden": 128, "steps": 300, "lr": 2e-3, "targets": "linear"}
@@ -36,7 +36,6 @@ def test_gaps_are_paired_by_seed_and_setting() -> None:
     assert scratch.gaps(records, BASE, sgd) == pytest.approx([0.2] * 3)
     lines = scratch.table(records, BASE, [Row("o", "subspace:20", "o"), sgd])
     assert lines[2].startswith("| o | 14 | +0.100, +0.100, +0.100 | +0.100 ± 0.000 |")
-    assert scratch.base_of(records, targets="linear") == BASE
 
 
 def test_two_seeds_are_no_row() -> None:
@@ -60,3 +59,16 @@ def test_steps_to_a_loss_follow_the_slope_between_two_lengths() -> None:
         assert needed == pytest.approx(math.exp(0.1))
     (row,) = scratch.time_to_loss(records, BASE, [Race("few", "rows:4", 0.8)])[2:]
     assert row.endswith("| 0.800 | 0.884, 0.884, 0.884 |")
+
+
+def test_rows_are_run_by_the_command_that_their_tables_read() -> None:
+    row = Row("", "rows:4", "o", (("optimizer", "sgd"), ("lr", 4e-3)))
+    args = quality.parse(scratch.command(scratch.STUDY, row))
+    wanted = quality.setting(scratch.STUDY) | dict(row.others) | {"targets": "o"}
+    assert quality.setting(args) == wanted
+    assert args.methods == ["rows:4"]
+
+
+def test_the_race_stores_a_tenth_of_the_inputs() -> None:
+    assert 0.09 < scratch.share_of_bytes(scratch.RACED, scratch.RACE) < 0.1
+    assert scratch.share_of_bytes("exact", scratch.RACE) == 1
