@@ -12,14 +12,15 @@ from pamm_testing.distributed.ranks import RankFailedError, launch
 
 @pytest.mark.slow
 def test_two_ranks() -> None:
-    """DDP, FSDP2, tensor and sequence parallelism, in the same two processes."""
-    launch(
-        "ddp_checks:main",
-        "fsdp_checks:main",
-        "tp_checks:tensor_parallel",
-        "tp_checks:sequence_parallel",
-        ranks=2,
-    )
+    """DDP, FSDP2 and sequence parallelism, in the same two processes."""
+    launch("ddp_checks:main", "fsdp_checks:main", "tp_checks:sequence_parallel", ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.everything
+def test_tensor_parallel_alone() -> None:
+    """As within two dimensions, and a model that is compiled as one graph."""
+    launch("tp_checks:tensor_parallel", ranks=2)
 
 
 @pytest.mark.slow
