@@ -24,8 +24,10 @@ WHOLE = "linear=subspace"
 """Every linear layer, by the method whose loss allows it, at its defaults."""
 SHORT = "linear=subspace:0.0625"
 """The same with half the directions."""
-UNEVEN = "/down_proj/=subspace:0.1875:bits=None, linear=subspace:0.0625:bits=None"
-"""Not rounded; half the directions, and three halves at down, whose input has most of them."""
+UNEVEN = "/down_proj/=subspace:96:bits=None, linear=subspace:0.0625:bits=None"
+"""Not rounded; half the directions, and more at down, whose input has most of them."""
+DRAWN = UNEVEN.replace("bits=None", "bits=None:candidates=2")
+"""The same, each step drawn of twice as many."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ ARMS = (
     Arm("whole model, rank 1/16", rules=SHORT),
     Arm("whole model, rank 1/16 + budget 0.99", rules=SHORT, budget=0.99),
     Arm("whole model, not rounded", rules=UNEVEN),
+    Arm("whole model, drawn", rules=DRAWN),
     Arm("compile + budget 0.5", budget=0.5),
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),
@@ -105,7 +108,7 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
     """
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
-        goal=goal or ("speed" if arm.rules in (WHOLE, SHORT, UNEVEN) else "memory"),
+        goal=goal or ("speed" if arm.rules in (WHOLE, SHORT, UNEVEN, DRAWN) else "memory"),
         min_tokens=case.min_tokens,
         base=case.base,
     )

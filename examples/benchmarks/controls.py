@@ -15,8 +15,8 @@ from torch import Tensor
 from examples.benchmarks.estimators import Estimator, gradients
 from pamm_compile import Subspace
 from pamm_compile.methods.base import Size
+from pamm_compile.methods.directions import principal_directions
 from pamm_compile.methods.sampling import site_seed
-from pamm_compile.methods.subspace import principal_directions
 
 
 def _draw(seed: Tensor) -> torch.Generator:
@@ -179,6 +179,7 @@ class Shares(Estimator):
     gate_up: float
     down: float
     bits: Literal[4, 8] | None = 4
+    candidates: float = 1.0
 
     def of(self, features: int, outputs: Sequence[int]) -> Subspace:
         """Return the method of one input."""
@@ -188,7 +189,7 @@ class Shares(Estimator):
             share = self.gate_up
         else:
             share = self.qkv if len(outputs) > 1 else self.o
-        return Subspace(max(1, round(share * features)), bits=self.bits)
+        return Subspace(max(1, round(share * features)), bits=self.bits, candidates=self.candidates)
 
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
         return self.of(x.shape[1], outputs).store(x, seed, outputs)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,7 @@ from torch.nn import functional
 
 from pamm_compile import checks
 from pamm_compile.methods.base import Cost, Size
-from pamm_compile.methods.draws import sample_rows
-from pamm_compile.methods.sampling import site_seed
+from pamm_compile.methods.directions import drawn_directions, principal_directions
 
 Bits = Literal[4, 8]
 
@@ -38,9 +37,6 @@ _MULTIPLE = 8
 # kernels for each in a Cholesky factorisation (3) and a triangular solve (2). Not measured.
 _PANEL, _KERNELS_A_PANEL = 32, 5
 _BASIS_LEVELS = 127
-# Of the Gram matrix's trace: what has less of it is lost in its rounding anyway.
-_SHIFT = {torch.float64: 1e-12, torch.float32: 1e-5}
-_TINY = 1e-30
 # Scales are rounded to bfloat16: up, and so far that rounding v + u cannot reach the next code.
 _HEADROOM = 1 + 2**-7
 # The fractional parts of 1/ρ and 1/ρ², ρ the plastic number, in 22 bits: multiples of these two
@@ -80,6 +76,9 @@ class Subspace:
             entry; None keeps both in the dtype of X.
         iterations: subspace iterations on the sampled rows, at least 0.
         rows: sampled rows a direction, at least 1; 16 of 51 directions are 816 rows.
+        candidates: directions found for each that is kept, at least 1. Above 1 those kept are drawn
+            anew at every step, with odds by how much of X is along them, and their coefficients
+            divided by the odds: of what lies along candidates nothing is left out in the mean.
 
     Raises:
         InvalidOptionError: a value is not allowed.
@@ -92,6 +91,7 @@ class Subspace:
     bits: Bits | None = 4
     iterations: int = 1
     rows: int = 16
+    candidates: float = 1.0
 
     def __post_init__(self) -> None:
         allowed = "a share in (0, 1) or an integer of at least 1"
@@ -109,11 +109,16 @@ class Subspace:
         object.__setattr__(self, "iterations", iterations)
         hint = "More rows make better directions for more time."
         object.__setattr__(self, "rows", checks.integer("rows", self.rows, 1, hint))
+        allowed, hint = "a number of at least 1", "2 draws half of what is found; 1 draws nothing."
+        candidates = checks.number("candidates", self.candidates, allowed, hint)
+        if not 1 <= candidates < math.inf:
+            raise checks.refusal("candidates", self.candidates, allowed, hint)
+        object.__setattr__(self, "candidates", float(candidates))
 
     @property
     def fingerprint(self) -> str:
         """Everything that changes what is traced."""
-        return repr((self.rank, self.bits, self.iterations, self.rows))
+        return repr((self.rank, self.bits, self.iterations, self.rows, self.candidates))
 
     def directions(self, features: int, outputs: Sequence[int]) -> int:
         """Return r for an input and its projections, at most the number of features."""
@@ -121,6 +126,11 @@ class Subspace:
             return min(int(self.rank), features)
         wanted = math.ceil(self.rank * min(features, sum(outputs)))
         return min(features, -(-wanted // _MULTIPLE) * _MULTIPLE)
+
+    def found(self, features: int, outputs: Sequence[int]) -> int:
+        """Return the directions of which r are kept: r of them unless there are candidates."""
+        r = self.directions(features, outputs)
+        return min(features, math.ceil(self.candidates * r))
 
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
         """Return codes, scales and phase of A, and codes and scales of Q.
@@ -130,12 +140,25 @@ class Subspace:
         r = self.directions(x.shape[1], outputs)
         if r == x.shape[1]:
             return (x,) if self.bits is None else tuple(_encode(x, self.bits, seed))
-        basis = principal_directions(x, r, seed, rows=self.rows, iterations=self.iterations)
+        found, weights = self.found(x.shape[1], outputs), None
+        if found > r:
+            # As many sampled rows in all as without candidates, but two of each at least.
+            rows = max(min(2, self.rows), self.rows * r // found)
+            basis, weights = drawn_directions(
+                x, r, seed, candidates=found, rows=rows, iterations=self.iterations
+            )
+        else:
+            basis = principal_directions(x, r, seed, rows=self.rows, iterations=self.iterations)
         if self.bits is None:
-            basis = basis.to(x.dtype)
-            return x @ basis.T, basis
-        codes, scales, decoded = _encode_basis(basis, x.dtype)
-        return (*_encode(x @ decoded.T, self.bits, seed), codes, scales)
+            decoded = basis.to(x.dtype)
+        else:
+            codes, scales, decoded = _encode_basis(basis, x.dtype)
+        coefficients = x @ decoded.T
+        if weights is not None:
+            coefficients = coefficients * weights.to(x.dtype)
+        if self.bits is None:
+            return coefficients, decoded
+        return (*_encode(coefficients, self.bits, seed), codes, scales)
 
     def weight_gradients(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
@@ -185,19 +208,23 @@ class Subspace:
             encode = Cost(4 * b * r, 2 * b * r * item + kept, 0 if self.bits is None else 2)
             exact = Cost(2 * b * n * m, (p * b * n + b * m + n * m) * item, p)
             return encode + decode + exact
+        found = self.found(n, size.outputs)
         s = self.rows * r
         # In float64, which takes twice the time of float32 where both run at full rate.
-        squared = 2 * (3 * n * r * r + r**3 // 3)
+        squared = 2 * (3 * n * found * found + found**3 // 3)
         # On a GPU a factorisation and a solve go through the matrix in steps that wait for one
         # another, each of a few kernels; that, and not arithmetic, is what they take there.
-        waits = 0 if size.device == "cpu" else _KERNELS_A_PANEL * -(-r // _PANEL)
-        orthonormal = Cost(squared, 24 * n * r, 4 + waits, squared)
+        waits = 0 if size.device == "cpu" else _KERNELS_A_PANEL * -(-found // _PANEL)
+        orthonormal = Cost(squared, 24 * n * found, 4 + waits, squared)
         find = Cost(2 * s * n, s * n * (item + 4), 2, 2 * s * n)
         for _ in range(self.iterations):
-            power = 4 * s * n * r
-            moved = (2 * s * n + 2 * s * r + 2 * n * r) * item
+            power = 4 * s * n * found
+            moved = (2 * s * n + 2 * s * found + 2 * n * found) * item
             find += Cost(power, moved, 2, power if item > 2 else 0) + orthonormal
         find += orthonormal
+        if found > r:
+            # In place of the last solve; eigenvectors take some nine times the cube, and wait more.
+            find += Cost(18 * found**3, 8 * n * r, 8 + waits, 18 * found**3)
         encode = Cost(
             2 * b * n * r + 4 * b * r,
             (b * n + 3 * b * r) * item + kept,
@@ -214,61 +241,6 @@ class Subspace:
         """Return r and the bits."""
         r = self.directions(size.features, size.outputs)
         return f"r = {r}" + ("" if self.bits is None else f", {self.bits} bits")
-
-
-def principal_directions(x: Tensor, r: int, seed: Tensor, *, rows: int, iterations: int) -> Tensor:
-    """Return orthonormal rows that span most of what sampled rows of an input hold.
-
-    Equivalent to, with S = x[rows] and random weights, the rows of S summed in r groups by them,
-    orthonormalised; then `iterations` times: Q Sᵀ S, orthonormalised. Where the sampled rows span
-    fewer than r directions, what is left over is shorter than 1, down to 0: Q Qᵀ ≤ I always.
-
-    Args:
-        x: [b, n], floating point.
-        r: directions, at most n.
-        seed: 0-dimensional int64 tensor in [0, 2³¹).
-        rows: sampled rows a direction; as many as x has at most, from b = 2r on.
-        iterations: at least 0.
-
-    Returns:
-        Q, [r, n], float32, or float64 if x is. Of a 16-bit x the iterations multiply in bfloat16.
-    """
-    tokens = x.shape[0]
-    if isinstance(tokens, int):
-        # Two of each at least, so that no row can be missed where there are fewer than r.
-        rows = min(rows, max(2, tokens // r))
-    count = rows * r
-    sampled = x[sample_rows(tokens, count, seed, "stratified")]
-    sampled = sampled if x.dtype == torch.float64 else sampled.float()
-    # Squares of what is very large or very small would leave float32.
-    peak = sampled.abs().amax()
-    sampled = sampled / torch.where(peak > 0, peak, 1.0)
-    # `seed & 0` makes this a function of memory: of an index alone it would take 32 bits on a GPU.
-    number = torch.arange(count, device=x.device) + (seed & 0)
-    weight = site_seed(seed, cast(int, number)).to(sampled.dtype) * 2.0**-30 - 1
-    basis = _orthonormal((weight[:, None] * sampled).view(rows, r, x.shape[1]).sum(0))
-    # Directions need not be exact, only orthonormal: rounding them adds less to the gradient's
-    # error than 4-bit coefficients do, and float32 matmuls are what a GPU is slowest at.
-    narrow = torch.bfloat16 if x.dtype.itemsize == 2 else sampled.dtype
-    rounded = sampled.to(narrow)
-    for _ in range(iterations):
-        power = (basis.to(narrow) @ rounded.T) @ rounded
-        basis = _orthonormal(power.to(sampled.dtype))
-    return basis
-
-
-def _orthonormal(y: Tensor) -> Tensor:
-    """Return rows that span what those of `y` span: L⁻¹ y, with L Lᵀ = y yᵀ + a little."""
-    # float64 stands the squared condition of y, and no setting of matmuls' precision touches it.
-    wide = torch.float32 if y.device.type == "mps" else torch.float64
-    z = y.to(wide)
-    for _ in range(1 if wide == torch.float64 else 3):
-        # The sum of squares is the trace of the Gram matrix.
-        shift = _SHIFT[wide] * z.square().sum() + _TINY
-        gram = z @ z.T + shift * torch.eye(z.shape[0], dtype=wide, device=z.device)
-        factor = torch.linalg.cholesky_ex(gram).L
-        z = torch.linalg.solve_triangular(factor, z, upper=False)
-    return z.to(y.dtype)
 
 
 def _encode_basis(basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

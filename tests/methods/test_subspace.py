@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.methods import subspace
 from pamm_compile.methods.base import Method, Size
-from pamm_compile.methods.subspace import TOKENS_A_SCALE, Subspace, principal_directions
+from pamm_compile.methods.subspace import TOKENS_A_SCALE, Subspace
 from pamm_compile.private import aot
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +27,7 @@ tokens_ = st.integers(1, 600)
 widths = st.integers(1, 24)
 ranks = st.integers(1, 30)
 bits_ = st.sampled_from([4, 8, None])
+more = st.sampled_from([1, 1.4, 3])
 
 
 def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,6 +63,7 @@ def test_it_is_a_method() -> None:
     assert isinstance(Subspace(), Method)
     assert Subspace(0.5) == Subspace(0.5)
     assert Subspace(4).fingerprint != Subspace(4, bits=8).fingerprint
+    assert Subspace(4).fingerprint != Subspace(4, candidates=2).fingerprint
     # One share, however it is written.
     assert Subspace(64.0).fingerprint == Subspace(64).fingerprint
 
@@ -81,6 +83,9 @@ def test_it_is_a_method() -> None:
         ({"iterations": -1}, "iterations"),
         ({"iterations": 1.0}, "iterations"),
         ({"rows": 0}, "rows"),
+        ({"candidates": 0.5}, "candidates"),
+        ({"candidates": math.inf}, "candidates"),
+        ({"candidates": "2"}, "candidates"),
     ],
 )
 def test_options_that_are_not_allowed_say_so(options: dict[str, Any], named: str) -> None:
@@ -104,18 +109,6 @@ def test_a_rank_is_a_share_or_a_number(
     rank: float, features: int, outputs: tuple[int, ...], r: int
 ) -> None:
     assert Subspace(rank).directions(features, outputs) == r
-
-
-@given(seeds, tokens_, widths, ranks)
-@settings(max_examples=40)
-def test_directions_are_orthonormal_or_shorter(seed: int, b: int, n: int, r: int) -> None:
-    r = min(r, n)
-    x = normal(seed, b, n)
-    basis = principal_directions(x, r, torch.tensor(seed), rows=4, iterations=1)
-    gram = basis @ basis.T
-    assert torch.linalg.eigvalsh(gram.double()).max() < 1 + 1e-5
-    if b >= 4 * r:
-        assert torch.allclose(gram, torch.eye(r), atol=1e-4)
 
 
 @given(seeds, tokens_, widths, st.integers(1, 6), bits_, st.sampled_from([0, 1, 2]))
@@ -186,32 +179,34 @@ def test_the_error_of_coding_is_that_of_rounding_to_nearest() -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bits", [4, 8, None])
-@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize(("rank", "candidates"), [(3, 1), (3, 2), (8, 1)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_reaches_the_gradient(
-    dtype: torch.dtype, bits: Any, rank: int, bad: float
+    dtype: torch.dtype, bits: Any, rank: int, candidates: float, bad: float
 ) -> None:
+    method = Subspace(rank, bits=bits, candidates=candidates)
     grads = [normal(1, 300, 4, dtype=dtype)]
     for row, column in ((0, 0), (131, 7), (299, 3)):
         x = normal(0, 300, 8, dtype=dtype)
         x[row, column] = bad
-        (found,) = gradients(Subspace(rank, bits=bits), x, grads, 9, [False])
+        (found,) = gradients(method, x, grads, 9, [False])
         assert not found.isfinite().all()
     x, dz = normal(0, 300, 8, dtype=dtype), grads[0].clone()
     dz[17, 2] = bad
-    (found,) = gradients(Subspace(rank, bits=bits), x, [dz], 9, [False])
+    (found,) = gradients(method, x, [dz], 9, [False])
     assert not found.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("bits", [4, 8, None])
-@pytest.mark.parametrize("rank", [3, 8])
-def test_zeros_give_zeros(dtype: torch.dtype, bits: Any, rank: int) -> None:
+@pytest.mark.parametrize(("rank", "candidates"), [(3, 1), (3, 2), (8, 1)])
+def test_zeros_give_zeros(dtype: torch.dtype, bits: Any, rank: int, candidates: float) -> None:
+    method = Subspace(rank, bits=bits, candidates=candidates)
     x = torch.zeros(520, 8, dtype=dtype)
-    assert torch.equal(approximation(Subspace(rank, bits=bits), x, 3), x)
+    assert torch.equal(approximation(method, x, 3), x)
     # Tokens of nothing beside others: exact in a block of their own.
     x[TOKENS_A_SCALE:] = normal(0, 520 - TOKENS_A_SCALE, 8, dtype=dtype)
-    found = approximation(Subspace(rank, bits=bits), x, 3)
+    found = approximation(method, x, 3)
     assert torch.equal(found[:TOKENS_A_SCALE], x[:TOKENS_A_SCALE])
     assert found.isfinite().all()
 
@@ -233,28 +228,12 @@ def test_directions_hold_what_the_best_hold() -> None:
     assert best <= found < 1.2 * best
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("scale", [1.0, 1e4])
-def test_directions_of_16_bits_are_nearly_those_of_32(dtype: torch.dtype, scale: float) -> None:
-    """Where one direction is 300 times as strong as the last that is kept, with an offset."""
-    spectrum = torch.logspace(0, -2.5, 48)
-    x = scale * (normal(1, 512, 48) * spectrum @ torch.linalg.qr(normal(2, 48, 48)).Q + 0.1)
-    narrow = x.to(dtype)
-    wide = narrow.double()
-
-    def left_over(of: Tensor) -> float:
-        basis = principal_directions(of, 24, torch.tensor(5), rows=8, iterations=1).double()
-        return error(wide @ basis.T @ basis, wide)
-
-    assert left_over(narrow) < 1.15 * left_over(narrow.float())
-
-
-@given(seeds, tokens_, widths, ranks, bits_, st.sampled_from(FLOATS), st.booleans())
+@given(seeds, tokens_, widths, ranks, bits_, st.sampled_from(FLOATS), st.booleans(), more)
 @settings(max_examples=60)
 def test_stored_bytes_are_those_stored(
-    seed: int, b: int, n: int, rank: int, bits: Any, dtype: torch.dtype, share: bool
+    seed: int, b: int, n: int, rank: int, bits: Any, dtype: torch.dtype, share: bool, more: float
 ) -> None:
-    method = Subspace(rank / 31 if share else rank, bits=bits)
+    method = Subspace(rank / 31 if share else rank, bits=bits, candidates=more)
     stored = method.store(normal(seed, b, n, dtype=dtype), torch.tensor(seed), (9, 4))
     size = Size(b, n, (9, 4), dtype)
     assert method.stored_bytes(size) == sum(each.nbytes for each in stored)
@@ -276,14 +255,31 @@ def test_several_projections_are_as_each_alone(
         assert torch.allclose(found, alone.T if flip else alone, rtol=1e-4, atol=1e-4)
 
 
-def test_draws_follow_the_seed_alone() -> None:
+@pytest.mark.parametrize("method", [Subspace(6), Subspace(6, candidates=2)])
+def test_draws_follow_the_seed_alone(method: Subspace) -> None:
     x, dz = low_rank(0, 400, 32, 20), [normal(2, 400, 8)]
-    first = gradients(Subspace(6), x, dz, 11, [False])[0]
-    assert torch.equal(first, gradients(Subspace(6), x, dz, 11, [False])[0])
-    assert not torch.equal(first, gradients(Subspace(6), x, dz, 12, [False])[0])
+    first = gradients(method, x, dz, 11, [False])[0]
+    assert torch.equal(first, gradients(method, x, dz, 11, [False])[0])
+    assert not torch.equal(first, gradients(method, x, dz, 12, [False])[0])
 
 
-@pytest.mark.parametrize("method", [Subspace(6), Subspace(5, bits=8), Subspace(40)])
+def test_candidates_leave_out_less_in_the_mean() -> None:
+    """With twice as many candidates the mean of many draws is what all of them hold."""
+    x = normal(0, 2048, 32) * torch.logspace(0, -1.5, 32)
+
+    def mean(method: Subspace) -> Tensor:
+        draws = torch.randint(2**31, (64,), generator=torch.Generator().manual_seed(1))
+        return torch.stack([approximation(method, x, int(seed)) for seed in draws]).mean(0)
+
+    kept, drawn, all_found = (
+        error(mean(Subspace(rank, bits=None, candidates=candidates)), x)
+        for rank, candidates in ((8, 1), (8, 2), (16, 1))
+    )
+    assert all_found < 0.5 * kept
+    assert drawn < 0.75 * kept
+
+
+@pytest.mark.parametrize("method", [Subspace(6), Subspace(5, bits=8, candidates=2), Subspace(40)])
 def test_one_trace_serves_any_number_of_tokens(method: Subspace) -> None:
     def both(x: Tensor, seed: Tensor, dz: Tensor) -> tuple[Tensor, ...]:
         stored = method.store(x, seed, [dz.shape[1]])
@@ -300,6 +296,22 @@ def test_one_trace_serves_any_number_of_tokens(method: Subspace) -> None:
             assert torch.allclose(found.float(), wanted.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [4, None])
+def test_compiled_draws_are_the_eager_ones(bits: Any) -> None:
+    method = Subspace(4, bits=bits, candidates=2)
+
+    def both(x: Tensor, seed: Tensor, dz: Tensor) -> Tensor:
+        stored = method.store(x, seed, [dz.shape[1]])
+        return method.weight_gradients(stored, [dz], [False])[0]
+
+    x = normal(0, 300, 40) * torch.logspace(0, -1, 40)
+    compiled = torch.compile(both, fullgraph=True)
+    for seed in (7, 8):
+        given = (x, torch.tensor(seed), normal(1, 300, 12))
+        # An eigenvector may be found the other way round, and its coefficients rounded otherwise.
+        assert error(compiled(*given), both(*given)) < (1e-4 if bits is None else 0.05)
+
+
 def test_phases_are_what_they_are_said_to_be() -> None:
     plastic = math.cbrt((9 + math.sqrt(69)) / 18) + math.cbrt((9 - math.sqrt(69)) / 18)
     steps = 2**subspace._PHASE_BITS
@@ -312,14 +324,18 @@ def test_phases_are_what_they_are_said_to_be() -> None:
         assert number % 2 == 1
 
 
-@pytest.mark.parametrize("bits", [4, None])
-def test_in_a_model_all_else_stays_bitwise_and_codes_are_saved_at_any_budget(bits: Any) -> None:
+@pytest.mark.parametrize(("bits", "candidates"), [(4, 1), (None, 2)])
+def test_in_a_model_all_else_stays_bitwise_and_codes_are_saved_at_any_budget(
+    bits: Any, candidates: float
+) -> None:
     case = next(case for case in DECODERS if case.name == "llama")
     model, batch = case.build(), case.batch()
     exact = step(model, torch.compile(model, backend="aot_eager"), batch, case.loss)
     torch._dynamo.reset()
     captured = Captured()
-    options = make_options(rules={"qkv": Subspace(4, bits=bits)}, min_tokens=1)
+    options = make_options(
+        rules={"qkv": Subspace(4, bits=bits, candidates=candidates)}, min_tokens=1
+    )
     backend = capturing_backend(captured, options, decompose=False, budgets=(0.5,))
     ours = step(model, torch.compile(model, backend=backend), batch, case.loss)
 
