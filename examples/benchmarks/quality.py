@@ -53,7 +53,7 @@ TARGETS = {
     "all but the first layer": r"layers\.[1-9]\d*\..*_proj$",
 }
 _LAST = 50
-_DEFAULTS = {"optimizer": "adamw", "clip": 1.0, "average": 0.0}
+_DEFAULTS = {"optimizer": "adamw", "clip": 1.0, "average": 0.0, "warmup": 0}
 """Options that a record names only where they are others."""
 
 
@@ -146,6 +146,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", choices=TARGETS, default="qkv")
     parser.add_argument("--steps", type=cli.positive, default=300)
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--warmup", type=int, default=0, help="steps (default: a tenth)")
     parser.add_argument("--optimizer", choices=training.OPTIMIZERS, default="adamw")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of all gradients")
     parser.add_argument(
@@ -187,7 +188,7 @@ def train(
         for coder in coders:
             coder.method = None if choice.is_exact_in(step, steps) else choice.method
             coder.step = step
-        run.step(next(data), training.learning_rate(step, steps, args.lr))
+        run.step(next(data), training.learning_rate(step, steps, args.lr, args.warmup))
         average.update()
         for coder in coders:
             coder.forget()

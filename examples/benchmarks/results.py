@@ -232,11 +232,6 @@ def _random(rows: Sequence[scratch.Row]) -> list[str]:
     return scratch.study(quality.records(RECORDS / "quality-random.jsonl"), rows)
 
 
-def _race() -> list[str]:
-    arms = _record("whole-60m-race/benchmark.json")["models"]["llama-60m"]["arms"]
-    return scratch.race(quality.records(RECORDS / "quality-random-512.jsonl"), arms)
-
-
 def _compiled() -> list[str]:
     path = "pamm_compile/methods/pamm/triton/figures.json"
     records = json.loads((CHECKOUT / path).read_text())["kernels"]
@@ -324,7 +319,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
             ("remedies", scratch.REMEDIES),
         )
     },
-    "random-race": _race,
+    "random-race": functools.partial(scratch.races, RECORDS),
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
     "loss-batch": lambda: _losses("quality-batch.jsonl"),

@@ -11,6 +11,7 @@ one that lacks a seed is left out of a table: three seeds or no claim.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -127,60 +128,85 @@ def table(records: Records, base: dict[str, Any], rows: Sequence[Row]) -> list[s
 
 
 class Race(NamedTuple):
-    """A method that is run for more steps than the exact arm, and the time of its step by exact."""
+    """A method that is run for two numbers of steps, to find those to the exact run's loss."""
 
     label: str
     method: str
-    step: float
+    targets: str
+    width: int
+    others: int
+    """Steps of the runs that do not take as many as the exact one: they show the slope."""
+    timed: str
+    """The folder of the record of step times."""
+    arm: str
+    """Of arms.py, whose step is timed."""
+    warmup: int = 20
+    """Of the other runs: the exact run's, since at width 1024 another one is another start."""
+
+    @property
+    def rows(self) -> tuple[Row, Row]:
+        """As long as the exact run, and of the other length."""
+        row = Row("", self.method, self.targets)
+        changed: dict[str, Any] = {"steps": self.others}
+        changed |= {"warmup": self.warmup} if self.warmup else {}
+        return row, row._replace(others=tuple(changed.items()))
+
+    @property
+    def setting(self) -> argparse.Namespace:
+        """The options of quality.py."""
+        return _setting(_WIDE | _WIDTHS[self.width] | {"targets": self.targets})
+
+    @property
+    def record(self) -> str:
+        """The runs."""
+        return f"quality-random-{self.width}.jsonl"
+
+    @property
+    def model(self) -> str:
+        """The model of steps.py of this width."""
+        return {512: "llama-60m", 1024: "llama-350m"}[self.width]
 
 
-def steps_needed(
-    records: Records, base: dict[str, Any], race: Race
-) -> Iterator[tuple[int, float, float]]:
+def steps_needed(records: Records, race: Race) -> Iterator[tuple[int, float, float]]:
     """Yield by seed the gap at equal steps, and the steps to the exact run's loss by its steps.
 
-    Between runs of other lengths, each with its own schedule, losses are interpolated along the
-    logarithm of the steps; past the longest run, by its slope from the one before.
+    The gap at equal steps, where runs follow one another closely, divided by how much the loss
+    falls with the logarithm of the steps, between runs of two lengths with schedules of their own.
     """
-    row = Row("", race.method)
-    exact = _exact(records, base, row)
-    by_length = {
-        r["setting"]["steps"]
-        for r in records
-        if r["method"] == race.method and r["setting"] == base | {"steps": r["setting"]["steps"]}
-    }
-    for seed, goal in sorted(exact.items()):
-        points = []
-        for steps in sorted(by_length):
-            run = _runs(records, base, Row("", race.method, others=(("steps", steps),))).get(seed)
-            if run is not None:
-                points.append((math.log(steps / base["steps"]), run["validation"]))
-        if len(points) < 2:
-            return
-        (x0, y0), (x1, y1) = points[-2:]
-        slope = min((y1 - y0) / (x1 - x0), -1e-6)
-        needed = math.exp(x0 + (goal["validation"] - y0) / slope)
-        yield seed, points[0][1] - goal["validation"], needed
-
-
-def time_to_loss(records: Records, base: dict[str, Any], races: Sequence[Race]) -> list[str]:
-    """Return the lines of a table: steps needed by exact's, times the step's time by exact's."""
-    lines = []
-    for race in races:
-        found = list(steps_needed(records, base, race))
-        if len(found) < SEEDS:
+    base = quality.setting(race.setting)
+    runs, more = (_runs(records, base, row) for row in race.rows)
+    for seed, goal in sorted(_exact(records, base, race.rows[0]).items()):
+        if seed not in runs or seed not in more:
             continue
-        gap = ", ".join(f"{each:+.3f}" for _, each, _ in found)
-        needed = ", ".join(f"{each:.3f}" for *_, each in found)
-        times = [race.step * each for *_, each in found]
-        shown = ", ".join(f"{each:.3f}" for each in times)
-        lines.append([race.label, gap, needed, f"{race.step:.3f}", shown])
-    header = ["", "above exact at its steps", "steps to its loss", "a step", "time to its loss"]
-    return tables.markdown(header, lines)
+        gap = runs[seed]["validation"] - goal["validation"]
+        span = math.log(race.others / base["steps"])
+        fall = (runs[seed]["validation"] - more[seed]["validation"]) / span
+        yield seed, gap, math.exp(gap / fall) if fall > 0 else math.inf
+
+
+def raced(records: Records, race: Race, step: float) -> list[str]:
+    """Return a row: steps needed by exact's, times the step's time by exact's."""
+    found = list(steps_needed(records, race))
+    if len(found) < SEEDS:
+        return []
+    gap = ", ".join(f"{each:+.3f}" for _, each, _ in found)
+    needed = ", ".join(f"{each:.3f}" for *_, each in found)
+    times = [step * each for *_, each in found]
+    shown = ", ".join(f"{each:.2f}" for each in times)
+    return [str(race.width), race.label, gap, needed, f"{step:.3f}", shown, f"{_mean(times):.2f}"]
+
+
+def _mean(values: Sequence[float]) -> float:
+    # Of ratios; an arithmetic mean would favour whoever is divided by.
+    return math.exp(statistics.fmean(map(math.log, values)))
 
 
 _SMALL = {"hidden": "128", "layers": "2", "batch": "8", "targets": "linear"}
-_WIDE = _SMALL | {"hidden": "512", "heads": "8", "steps": "200", "lr": "1e-3"}
+_WIDE = _SMALL | {"steps": "200", "lr": "1e-3"}
+_WIDTHS = {
+    512: {"hidden": "512", "heads": "8"},
+    1024: {"hidden": "1024", "heads": "16"},
+}
 
 
 def _setting(chosen: dict[str, str]) -> argparse.Namespace:
@@ -189,11 +215,20 @@ def _setting(chosen: dict[str, str]) -> argparse.Namespace:
 
 STUDY = _setting(_SMALL)
 """The setting of causes and remedies; the rest is quality.py's own."""
-RACE = _setting(_WIDE)
-RACED = "shares:0.0625:0.0625:0.0625:0.07:bits=None"
-"""As many directions as the arm "whole model, not rounded", whose step is timed."""
-LONGER = 215
-"""Steps of the longer runs."""
+RACES = (
+    Race("PAMM on Q, K and V, the paper's", "pamm:256", "qkv", 512, 150, "whole-60m", "PAMM"),
+    Race(
+        "r = 32, and 96 at down",
+        "shares:0.0625:0.0625:0.0625:0.07:bits=None",
+        "linear", 512, 215, "whole-60m-race", "whole model, not rounded", warmup=0,
+    ),
+    Race(
+        "r = 64, and 96 at down, drawn of twice as many",
+        "shares:0.0625:0.0625:0.0625:0.035:bits=None:candidates=2",
+        "linear", 1024, 150, "whole-350m-race", "whole model, drawn",
+    ),
+)  # fmt: skip
+"""Nothing is rounded: on a CPU it takes time, and there are bytes to spare."""
 
 
 def study(records: Records, rows: Sequence[Row]) -> list[str]:
@@ -210,12 +245,25 @@ def share_of_bytes(method: str, args: argparse.Namespace) -> float:
     return sum(map(chosen.stored_bytes, sizes)) / sum(size.bytes for size in sizes)
 
 
-def race(records: Records, arms: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the lines of the race, by step times of the same shape and rules."""
-    step = arms["whole model, not rounded"]["time_ratio"]["median"]
-    share = f"{100 * share_of_bytes(RACED, RACE):.1f} % of the bytes"
-    found = [Race(f"r = 32, and 96 at down, {share}", RACED, step)]
-    return time_to_loss(records, quality.setting(RACE), found)
+def races(folder: Path) -> list[str]:
+    """Return the lines of a table: time to the exact run's loss, by the records of a folder.
+
+    The time of a step is that of the same ranks and nearly the same shape, compiled.
+    """
+    lines = []
+    for race in RACES:
+        timed = folder / race.timed / "benchmark.json"
+        if not timed.exists():
+            print(f"{race.label}: no step times in {timed}")
+            continue
+        arm = json.loads(timed.read_text())["models"][race.model]["arms"][race.arm]
+        cells = raced(quality.records(folder / race.record), race, arm["time_ratio"]["median"])
+        if cells:
+            share = f"{100 * share_of_bytes(race.method, race.setting):.1f} %"
+            lines.append([*cells[:2], share, *cells[2:]])
+    header = ["width", "", "bytes of these inputs", "above exact at its steps"]
+    header += ["steps to its loss", "a step", "time to its loss", "mean"]
+    return tables.markdown(header, lines)
 
 
 def command(setting: argparse.Namespace, row: Row) -> list[str]:
@@ -245,8 +293,12 @@ def main() -> None:
         for rows in (YARDSTICK, CAUSES, REMEDIES):
             print("\n".join(["", *study(quality.records(file), rows)]))
     if args.only != "study":
-        longer = Row("", RACED, others=(("steps", LONGER),))
-        run(args.out / "quality-random-512.jsonl", RACE, (Row("", RACED), longer))
+        for race in RACES:
+            for row in (Row("", "exact", race.targets), *race.rows):
+                options = command(race.setting, row)
+                file = str(args.out / race.record)
+                quality.main(["--out", file, "--threads", str(args.threads), *options])
+        print("\n".join(["", *races(args.out)]))
 
 
 if __name__ == "__main__":

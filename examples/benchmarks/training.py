@@ -18,9 +18,12 @@ Batch = dict[str, Tensor]
 Loss = Callable[[Batch], Tensor]
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Rise linearly over a tenth of the steps, then fall to a tenth of the peak along a cosine."""
-    warmup = max(1, steps // 10)
+def learning_rate(step: int, steps: int, peak: float, warmup: int = 0) -> float:
+    """Rise linearly, over a tenth of the steps unless told, then fall to a tenth of the peak.
+
+    The fall is along a cosine.
+    """
+    warmup = warmup or max(1, steps // 10)
     if step < warmup:
         return peak * (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

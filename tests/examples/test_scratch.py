@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
 import pytest
 
-from examples.benchmarks import quality, scratch
+from examples.benchmarks import arms, quality, results, scratch
 from examples.benchmarks.scratch import Race, Row
 
 BASE = {"hidden": 128, "steps": 300, "lr": 2e-3, "targets": "linear"}
@@ -38,27 +39,34 @@ def test_gaps_are_paired_by_seed_and_setting() -> None:
     assert lines[2].startswith("| o | 14 | +0.100, +0.100, +0.100 | +0.100 ± 0.000 |")
 
 
+RACE = Race("few", "rows:4", "o", 512, 220, "whole-60m", "PAMM")
+RACED = quality.setting(RACE.setting)
+LONGER = {"steps": 220, "warmup": 20}
+
+
 def test_two_seeds_are_no_row() -> None:
     records = [*EXACT, *(run("rows:4", seed, 3.0) for seed in range(2))]
     assert scratch.gaps(records, BASE, Row("", "rows:4")) == []
     assert len(scratch.table(records, BASE, [Row("few", "rows:4")])) == 2
-    assert list(scratch.steps_needed(records, BASE, Race("", "rows:4", 0.8))) == []
+    of_race = [{**each, "setting": RACED} for each in records]
+    of_race += [{**each, "setting": RACED | LONGER} for each in records[3:]]
+    assert len(list(scratch.steps_needed(of_race, RACE))) == 2
+    assert scratch.raced(of_race, RACE, 0.8) == []
 
 
 def test_steps_to_a_loss_follow_the_slope_between_two_lengths() -> None:
     """A method whose loss falls by a nat for every factor of e, and starts a tenth above."""
-    records = list(EXACT)
+    # An exact run is found whatever would be approximated.
+    records = [{**each, "setting": RACED | {"targets": "linear"}} for each in EXACT]
     for seed in range(3):
-        for steps in (300, 330):
-            loss = 2.1 + seed - math.log(steps / 300)
-            records.append(run("rows:4", seed, loss, steps=steps))
-    found = list(scratch.steps_needed(records, BASE, Race("", "rows:4", 0.8)))
+        records.append(run("rows:4", seed, 2.1 + seed, **RACED))
+        records.append(run("rows:4", seed, 2.1 + seed - math.log(1.1), **RACED | LONGER))
+    found = list(scratch.steps_needed(records, RACE))
     assert [seed for seed, *_ in found] == [0, 1, 2]
     for _, gap, needed in found:
         assert gap == pytest.approx(0.1)
         assert needed == pytest.approx(math.exp(0.1))
-    (row,) = scratch.time_to_loss(records, BASE, [Race("few", "rows:4", 0.8)])[2:]
-    assert row.endswith("| 0.800 | 0.884, 0.884, 0.884 |")
+    assert scratch.raced(records, RACE, 0.8)[-3:] == ["0.800", "0.88, 0.88, 0.88", "0.88"]
 
 
 def test_rows_are_run_by_the_command_that_their_tables_read() -> None:
@@ -69,6 +77,19 @@ def test_rows_are_run_by_the_command_that_their_tables_read() -> None:
     assert args.methods == ["rows:4"]
 
 
-def test_the_race_stores_a_tenth_of_the_inputs() -> None:
-    assert 0.09 < scratch.share_of_bytes(scratch.RACED, scratch.RACE) < 0.1
-    assert scratch.share_of_bytes("exact", scratch.RACE) == 1
+@pytest.mark.parametrize("race", scratch.RACES, ids=lambda race: race.label)
+def test_races_store_a_tenth_of_the_inputs_and_time_arms_that_there_are(race: Race) -> None:
+    assert 0 < scratch.share_of_bytes(race.method, race.setting) < 0.1
+    assert arms.by_name(race.arm).approximates
+    record = json.loads((results.RECORDS / race.timed / "benchmark.json").read_text())
+    assert race.arm in record["models"][race.model]["arms"]
+    first, longer = (quality.parse(scratch.command(race.setting, row)) for row in race.rows)
+    assert quality.setting(first) == quality.setting(race.setting)
+    changed = {"steps": race.others} | ({"warmup": race.warmup} if race.warmup else {})
+    assert quality.setting(longer) == quality.setting(race.setting) | changed
+    # What is timed keeps as many directions as what is trained.
+    assert arms.by_name(race.arm).rules.count("candidates=2") == 2 * ("candidates" in race.method)
+
+
+def test_exact_stores_all_of_the_inputs() -> None:
+    assert scratch.share_of_bytes("exact", RACE.setting) == 1
