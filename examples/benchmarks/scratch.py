@@ -76,6 +76,7 @@ REMEDIES = (
     Row("4 of 20 directions random", "tail:20:4:damp=0"),
     Row("the same, half unbiased", "tail:20:4:damp=0.5"),
     Row("20 of 40 directions, drawn and reweighted", "lottery:20"),
+    Row("the same by sampled rows, 4 bits: candidates=2", "subspace:20:candidates=2"),
     Row("the mean token exactly", "centred:20"),
     Row("X̂ as long as X", "restored:20"),
     Row("PAMM, k = 32, on the rest", "subspace:20+generators:32"),

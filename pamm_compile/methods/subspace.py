@@ -223,7 +223,7 @@ class Subspace:
             find += Cost(power, moved, 2, power if item > 2 else 0) + orthonormal
         find += orthonormal
         if found > r:
-            # In place of the last solve; eigenvectors take some nine times the cube, and wait more.
+            # Eigenvectors take some nine times the cube, in steps that wait as a solve's do.
             find += Cost(18 * found**3, 8 * n * r, 8 + waits, 18 * found**3)
         encode = Cost(
             2 * b * n * r + 4 * b * r,
