@@ -17,9 +17,11 @@ exact: "@N" or "@first=N" the first, "@last=N" the last, "@every=N" every Nth.
 Controls, whose error is known, and remedies, of controls.py:
 
     noise:0.1                   exact dW, and noise of a tenth of its length
+    unbiased:40                 exact dW, and noise as long as the error of 40 directions
     rounded:8                   X rounded without bias to 8 bits
     tail:40:8:damp=0.5          40 directions, 8 of them random ones of what the others leave over
     lottery:40:share=2          40 of 80 directions, drawn by their size and reweighted
+    lottery:40:share=2:draws=8  the mean of eight draws
     centred:40                  the mean token exactly, and 40 directions of the rest
     restored:40                 40 directions, and X̂ made as long as X
     shares:0.1:0.1:0.2:0.2      directions at the inputs of q, k, v; o; gate, up; down, by features
@@ -45,6 +47,7 @@ NAMES: dict[str, Callable[..., Method]] = {
     "hidden": estimators.Hidden,
     "sketch": estimators.Sketch,
     "noise": controls.Noise,
+    "unbiased": controls.Unbiased,
     "rounded": controls.Rounded,
     "tail": controls.Tail,
     "lottery": controls.Lottery,

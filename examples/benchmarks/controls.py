@@ -39,30 +39,52 @@ class Dense(Estimator):
         return gradients(lambda grad: grad.T @ stored[0], grads, transposed)
 
 
-@dataclasses.dataclass(frozen=True)
-class Noise(Estimator):
-    """The exact gradient and unbiased noise, whose length is a share of the gradient's."""
+class Noisy(Estimator):
+    """The exact gradient and unbiased noise."""
 
-    share: float
+    def error(self, x: Tensor, seed: Tensor) -> Tensor:
+        """Return E of an input [b, n]: the noise is as long as dZᵀE."""
+        raise NotImplementedError
 
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
-        return x, seed
+        return x, self.error(x, seed), seed
 
     def weight_gradients(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
-        x, seed = stored
+        x, error, seed = stored
         draw = _draw(seed)
 
         def noisy(grad: Tensor) -> Tensor:
             exact = grad.T @ x
-            size = self.share * exact.square().mean().sqrt()
+            size = (grad.T @ error).square().mean().sqrt()
             return exact + size * torch.randn(exact.shape, generator=draw)
 
         return gradients(noisy, grads, transposed)
 
     def stored_bytes(self, size: Size) -> int:
         return size.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise(Noisy):
+    """Noise whose length is a share of the gradient's."""
+
+    share: float
+
+    def error(self, x: Tensor, seed: Tensor) -> Tensor:
+        return self.share * x
+
+
+@dataclasses.dataclass(frozen=True)
+class Unbiased(Noisy):
+    """Noise as long as the error of r directions: the same error, without its direction."""
+
+    r: int
+
+    def error(self, x: Tensor, seed: Tensor) -> Tensor:
+        basis = _directions(x, self.r, seed)
+        return x - x @ basis.T @ basis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +145,8 @@ class Lottery(_Directions):
 
     r: int
     share: float = 2.0
+    draws: int = 1
+    """X̂ is their mean: less noise, the same bias, and more bytes than are counted."""
 
     def approximate(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> Tensor:
         basis = _directions(x, int(self.share * self.r), seed)
@@ -137,10 +161,10 @@ class Lottery(_Directions):
             if not (odds > 1).any():
                 break
             certain |= odds >= 1
-        shift = torch.rand((), generator=_draw(site_seed(seed, 1)))
-        place = odds.cumsum(0) - shift
-        drawn = place.floor() != (place - odds).floor()
-        return (x @ basis[drawn].T / odds[drawn]) @ basis[drawn]
+        shifts = torch.rand(self.draws, 1, generator=_draw(site_seed(seed, 1)))
+        place = odds.cumsum(0) - shifts
+        drawn = (place.floor() != (place - odds).floor()).float().mean(0)
+        return (x @ basis.T * (drawn / odds)) @ basis
 
 
 @dataclasses.dataclass(frozen=True)

@@ -228,10 +228,6 @@ def _as_written_today(lines: list[str]) -> list[str]:
     return [re.sub(r"`[^`]*`", spell, line) for line in lines]
 
 
-def _random(rows: Sequence[scratch.Row]) -> list[str]:
-    return scratch.study(quality.records(RECORDS / "quality-random.jsonl"), rows)
-
-
 def _compiled() -> list[str]:
     path = "pamm_compile/methods/pamm/triton/figures.json"
     records = json.loads((CHECKOUT / path).read_text())["kernels"]
@@ -312,12 +308,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "loss-whole": lambda: _losses("quality-whole.jsonl"),
     "loss-adapters": _adapters,
     **{
-        f"random-{name}": functools.partial(_random, rows)
-        for name, rows in (
-            ("yardstick", scratch.YARDSTICK),
-            ("causes", scratch.CAUSES),
-            ("remedies", scratch.REMEDIES),
-        )
+        f"random-{name}": functools.partial(scratch.study, RECORDS, rows)
+        for name, rows in scratch.TABLES.items()
     },
     "random-race": functools.partial(scratch.races, RECORDS),
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),

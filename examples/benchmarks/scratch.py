@@ -11,6 +11,7 @@ one that lacks a seed is left out of a table: three seeds or no claim.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -52,6 +53,9 @@ YARDSTICK = (
 CAUSES = (
     Row("all seven, r = 20, 4 bits", "subspace:20"),
     Row("r = 20, not rounded", "directions:20"),
+    Row("exact, unbiased noise as long as its error", "unbiased:20"),
+    Row("20 of 40 directions, drawn", "lottery:20"),
+    Row("the mean of eight draws", "lottery:20:draws=8"),
     Row("r = 40, 4 bits", "subspace:40"),
     Row("PAMM at 20 bytes a token", "generators:fill=20"),
     *(Row(f"r = 20 on {name}", "subspace:20", name) for name in ("qkv", "o", "gate+up", "down")),
@@ -70,6 +74,10 @@ CAUSES = (
 REMEDIES = (
     Row("r = 20: nothing", "subspace:20"),
     Row("r = 20, 8 bits", "subspace:20:bits=8"),
+    Row(
+        "five iterations on all tokens, which a remembered basis nears",
+        "subspace:20:iterations=5:rows=128",
+    ),
     Row("the first fifth of the steps exact", "subspace:20@first=60"),
     Row("the last fifth exact", "subspace:20@last=60"),
     Row("every fourth step exact", "subspace:20@every=4"),
@@ -79,12 +87,30 @@ REMEDIES = (
     Row("the same by sampled rows, 4 bits: candidates=2", "subspace:20:candidates=2"),
     Row("the mean token exactly", "centred:20"),
     Row("X̂ as long as X", "restored:20"),
+    Row("PAMM at 20 bytes, refined", "generators:fill=20:refine=1"),
     Row("PAMM, k = 32, on the rest", "subspace:20+generators:32"),
     Row("average of the weights", "subspace:20", others=(("average", 0.98),)),
     Row("r = 20, 20, 20 and 56 at down", "shares:0.16:0.16:0.16:0.16"),
     Row("r = 13, 13, 32 and 70", "shares:0.1:0.1:0.25:0.2"),
     Row("r = 40", "subspace:40"),
 )
+
+_512 = (("hidden", 512), ("heads", 8), ("steps", 200), ("lr", 1e-3))
+TREND = tuple(
+    Row(f"{what}, {where}", method, targets, others)
+    for what, method, targets in (
+        ("all seven, the default", "subspace:0.125", "linear"),
+        ("Q, K and V by PAMM", "pamm:256", "qkv"),
+    )
+    for where, others in (
+        ("width 128, 300 steps", ()),
+        ("width 128, 1,000 steps", (("steps", 1000),)),
+        ("width 256, 300 steps", (("hidden", 256),)),
+        ("width 512, 200 steps at 1e-3", _512),
+    )
+)
+"""The default, and the paper's."""
+TABLES = {"yardstick": YARDSTICK, "causes": CAUSES, "remedies": REMEDIES, "trend": TREND}
 
 
 def _runs(records: Records, base: dict[str, Any], row: Row) -> dict[int, dict[str, Any]]:
@@ -232,8 +258,16 @@ RACES = (
 """Nothing is rounded: on a CPU it takes time, and there are bytes to spare."""
 
 
-def study(records: Records, rows: Sequence[Row]) -> list[str]:
-    """Return the lines of a table of causes or remedies."""
+def file_of(row: Row) -> str:
+    """Return the name of the record of a row of the study."""
+    width = dict(row.others).get("hidden")
+    return f"quality-random-{width}.jsonl" if width in _WIDTHS else "quality-random.jsonl"
+
+
+def study(folder: Path, rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a table of the study, by the records of a folder."""
+    files = {folder / file_of(row) for row in rows}
+    records = [each for file in sorted(files) for each in quality.records(file)]
     return table(records, quality.setting(STUDY), rows)
 
 
@@ -281,24 +315,20 @@ def main() -> None:
     parser.add_argument("--threads", type=cli.positive, default=1)
     args = parser.parse_args()
 
-    def run(file: Path, setting: argparse.Namespace, rows: Sequence[Row]) -> None:
-        paths = ["--out", str(file), "--threads", str(args.threads)]
+    def run(file: str, setting: argparse.Namespace, rows: Sequence[Row]) -> None:
+        paths = ["--out", str(args.out / file), "--threads", str(args.threads)]
         for row in rows:
-            # An exact run is the same whatever would be approximated.
-            for each in (Row("", "exact", others=row.others), row):
-                quality.main([*paths, *command(setting, each)])
+            quality.main([*paths, *command(setting, row)])
 
     if args.only != "race":
-        file = args.out / "quality-random.jsonl"
-        run(file, STUDY, (*YARDSTICK, *CAUSES, *REMEDIES))
-        for rows in (YARDSTICK, CAUSES, REMEDIES):
-            print("\n".join(["", *study(quality.records(file), rows)]))
+        for row in itertools.chain(*TABLES.values()):
+            # An exact run is the same whatever would be approximated.
+            run(file_of(row), STUDY, (Row("", "exact", others=row.others), row))
+        for rows in TABLES.values():
+            print("\n".join(["", *study(args.out, rows)]))
     if args.only != "study":
         for race in RACES:
-            for row in (Row("", "exact", race.targets), *race.rows):
-                options = command(race.setting, row)
-                file = str(args.out / race.record)
-                quality.main(["--out", file, "--threads", str(args.threads), *options])
+            run(race.record, race.setting, (Row("", "exact", race.targets), *race.rows))
         print("\n".join(["", *races(args.out)]))
 
 

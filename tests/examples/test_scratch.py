@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +68,26 @@ def test_steps_to_a_loss_follow_the_slope_between_two_lengths() -> None:
         assert gap == pytest.approx(0.1)
         assert needed == pytest.approx(math.exp(0.1))
     assert scratch.raced(records, RACE, 0.8)[-3:] == ["0.800", "0.88, 0.88, 0.88", "0.88"]
+
+
+def test_a_study_reads_the_records_of_every_width(tmp_path: Path) -> None:
+    for width in (128, 256, 512):
+        row = Row("", "rows:4", others=(("hidden", width),))
+        setting = quality.setting(scratch.STUDY) | dict(row.others)
+        lines = [
+            json.dumps(run(method, seed, loss + seed, **setting))
+            for method, loss in (("exact", 2.0), ("rows:4", 2.0 + 1 / width))
+            for seed in range(3)
+        ]
+        with (tmp_path / scratch.file_of(row)).open("a") as file:
+            file.write("\n".join([*lines, ""]))
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "quality-random-512.jsonl",
+        "quality-random.jsonl",
+    ]
+    rows = [Row(str(n), "rows:4", others=(("hidden", n),)) for n in (128, 256, 512)]
+    means = [line.split("|")[4].split()[0] for line in scratch.study(tmp_path, rows)[2:]]
+    assert means == ["+0.008", "+0.004", "+0.002"]
 
 
 def test_rows_are_run_by_the_command_that_their_tables_read() -> None:

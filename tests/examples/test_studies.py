@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,31 @@ def test_noise_is_as_long_as_asked_for() -> None:
     ]
     assert (found[0] - exact).norm() / exact.norm() == pytest.approx(0.3, rel=0.1)
     assert (torch.stack(found).mean(0) - exact).norm() / exact.norm() < 0.06
+
+
+def test_unbiased_noise_is_as_long_as_the_error_it_stands_for() -> None:
+    x, grad = rows(), rows(1)
+    exact = grad.T @ x
+
+    def found(text: str, seed: int) -> torch.Tensor:
+        method = parse(text).method
+        stored = method.store(x, torch.tensor(seed), [24])
+        return method.weight_gradients(stored, [grad], [False])[0]
+
+    noisy = [found("unbiased:6", seed) for seed in range(50)]
+    error = (found("directions:6", 0) - exact).norm()
+    assert (noisy[0] - exact).norm() == pytest.approx(float(error), rel=0.15)
+    assert (torch.stack(noisy).mean(0) - exact).norm() < 0.2 * error
+
+
+def test_the_mean_of_draws_is_less_wrong_than_one() -> None:
+    x = rows()
+    one, eight, none = (
+        statistics.fmean(float((approximation(text, x, seed) - x).norm()) for seed in range(20))
+        for text in ("lottery:6", "lottery:6:draws=8", "directions:12")
+    )
+    # What no candidate spans stays out in both.
+    assert none < eight < one
 
 
 def test_remedies_keep_what_they_say() -> None:
