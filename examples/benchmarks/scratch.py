@@ -50,6 +50,7 @@ YARDSTICK = (
     Row("X in 8 bits, unbiased", "rounded:8"),
     Row("X in 4 bits, unbiased", "rounded:4"),
 )
+_MUON = (("optimizer", "muon"),)
 CAUSES = (
     Row("all seven, r = 20, 4 bits", "subspace:20"),
     Row("r = 20, not rounded", "directions:20"),
@@ -68,7 +69,8 @@ CAUSES = (
     Row("half the learning rate", "subspace:20", others=(("lr", 1e-3),)),
     Row("twice the learning rate", "subspace:20", others=(("lr", 4e-3),)),
     Row("SGD with momentum", "subspace:20", others=(("optimizer", "sgd"),)),
-    Row("Muon", "subspace:20", others=(("optimizer", "muon"),)),
+    Row("Muon", "subspace:20", others=_MUON),
+    Row("Muon, drawn: candidates=2", "subspace:20:candidates=2", others=_MUON),
     Row("no clipping", "subspace:20", others=(("clip", 1e9),)),
 )
 REMEDIES = (
