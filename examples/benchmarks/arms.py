@@ -26,8 +26,11 @@ SHORT = "linear=subspace:0.0625"
 """The same with half the directions."""
 UNEVEN = "/down_proj/=subspace:96:bits=None, linear=subspace:0.0625:bits=None"
 """Not rounded; half the directions, and more at down, whose input has most of them."""
-DRAWN = UNEVEN.replace("bits=None", "bits=None:candidates=2")
-"""The same, each step drawn of twice as many."""
+DRAWN = {
+    candidates: UNEVEN.replace("bits=None", f"bits=None:candidates={candidates}")
+    for candidates in ("1.5", "2")
+}
+"""The same, each step drawn of so many times as many."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ ARMS = (
     Arm("whole model, rank 1/16", rules=SHORT),
     Arm("whole model, rank 1/16 + budget 0.99", rules=SHORT, budget=0.99),
     Arm("whole model, not rounded", rules=UNEVEN),
-    Arm("whole model, drawn", rules=DRAWN),
+    *(Arm(f"whole model, drawn of {more}", rules=rules) for more, rules in DRAWN.items()),
     Arm("compile + budget 0.5", budget=0.5),
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),
@@ -107,10 +110,10 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
             anyway, and else "memory". For drawn directions "any": what is trained leaves no input
             exact, also where finding twice as many takes longer than the exact gradient.
     """
-    whole: Goal = "any" if arm.rules == DRAWN else "speed"
+    whole: Goal = "any" if arm.rules in DRAWN.values() else "speed"
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
-        goal=goal or (whole if arm.rules in (WHOLE, SHORT, UNEVEN, DRAWN) else "memory"),
+        goal=goal or ("memory" if arm.rules == PAPER else whole),
         min_tokens=case.min_tokens,
         base=case.base,
     )

@@ -171,6 +171,7 @@ class Race(NamedTuple):
     """Of arms.py, whose step is timed."""
     warmup: int = 20
     """Of the other runs: the exact run's, since at width 1024 another one is another start."""
+    lr: float = 1e-3
 
     @property
     def rows(self) -> tuple[Row, Row]:
@@ -183,7 +184,8 @@ class Race(NamedTuple):
     @property
     def setting(self) -> argparse.Namespace:
         """The options of quality.py."""
-        return _setting(_WIDE | _WIDTHS[self.width] | {"targets": self.targets})
+        changed = {"targets": self.targets, "lr": str(self.lr)}
+        return _setting(_WIDE | _WIDTHS[self.width] | changed)
 
     @property
     def record(self) -> str:
@@ -222,7 +224,16 @@ def raced(records: Records, race: Race, step: float) -> list[str]:
     needed = ", ".join(f"{each:.3f}" for *_, each in found)
     times = [step * each for *_, each in found]
     shown = ", ".join(f"{each:.2f}" for each in times)
-    return [str(race.width), race.label, gap, needed, f"{step:.3f}", shown, f"{_mean(times):.2f}"]
+    return [
+        str(race.width),
+        f"{race.lr:g}",
+        race.label,
+        gap,
+        needed,
+        f"{step:.3f}",
+        shown,
+        f"{_mean(times):.2f}",
+    ]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -231,7 +242,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 _SMALL = {"hidden": "128", "layers": "2", "batch": "8", "targets": "linear"}
-_WIDE = _SMALL | {"steps": "200", "lr": "1e-3"}
+_WIDE = _SMALL | {"steps": "200"}
 _WIDTHS = {
     512: {"hidden": "512", "heads": "8"},
     1024: {"hidden": "1024", "heads": "16"},
@@ -245,7 +256,7 @@ def _setting(chosen: dict[str, str]) -> argparse.Namespace:
 STUDY = _setting(_SMALL)
 """The setting of causes and remedies; the rest is quality.py's own."""
 RACES = (
-    Race("PAMM on Q, K and V, the paper's", "pamm:256", "qkv", 512, 150, "whole-60m", "PAMM"),
+    Race("PAMM on Q, K and V, the paper's", "pamm:256", "qkv", 512, 150, "whole-60m-race", "PAMM"),
     Race(
         "r = 32, and 96 at down",
         "shares:0.0625:0.0625:0.0625:0.07:bits=None",
@@ -254,7 +265,12 @@ RACES = (
     Race(
         "r = 64, and 96 at down, drawn of twice as many",
         "shares:0.0625:0.0625:0.0625:0.035:bits=None:candidates=2",
-        "linear", 1024, 150, "whole-350m-race", "whole model, drawn",
+        "linear", 1024, 150, "whole-350m-race", "whole model, drawn of 2",
+    ),
+    Race(
+        "r = 64, and 96 at down, drawn of half as many more",
+        "shares:0.0625:0.0625:0.0625:0.035:bits=None:candidates=1.5",
+        "linear", 1024, 150, "whole-350m-race", "whole model, drawn of 1.5", lr=5e-4,
     ),
 )  # fmt: skip
 """Nothing is rounded: on a CPU it takes time, and there are bytes to spare."""
@@ -297,8 +313,8 @@ def races(folder: Path) -> list[str]:
         cells = raced(quality.records(folder / race.record), race, arm["time_ratio"]["median"])
         if cells:
             share = f"{100 * share_of_bytes(race.method, race.setting):.1f} %"
-            lines.append([*cells[:2], share, *cells[2:]])
-    header = ["width", "", "bytes of these inputs", "above exact at its steps"]
+            lines.append([*cells[:3], share, *cells[3:]])
+    header = ["width", "learning rate", "", "bytes of these inputs", "above exact at its steps"]
     header += ["steps to its loss", "a step", "time to its loss", "mean"]
     return tables.markdown(header, lines)
 

@@ -108,8 +108,11 @@ def test_races_store_a_tenth_of_the_inputs_and_time_arms_that_there_are(race: Ra
     assert quality.setting(first) == quality.setting(race.setting)
     changed = {"steps": race.others} | ({"warmup": race.warmup} if race.warmup else {})
     assert quality.setting(longer) == quality.setting(race.setting) | changed
-    # What is timed keeps as many directions as what is trained.
-    assert arms.by_name(race.arm).rules.count("candidates=2") == 2 * ("candidates" in race.method)
+    # What is timed draws of as many directions as what is trained.
+    _, drawn, candidates = race.method.partition("candidates=")
+    rules = arms.by_name(race.arm).rules
+    assert rules.count("candidates=") == 2 * bool(drawn)
+    assert rules.endswith(candidates)
 
 
 def test_exact_stores_all_of_the_inputs() -> None:
