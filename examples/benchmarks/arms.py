@@ -24,8 +24,8 @@ WHOLE = "linear=subspace"
 """Every linear layer, by the method whose loss allows it, at its defaults."""
 SHORT = "linear=subspace:0.0625"
 """The same with half the directions."""
-UNEVEN = "/down_proj/=subspace:96:bits=None, linear=subspace:0.0625:bits=None"
-"""Not rounded; half the directions, and more at down, whose input has most of them."""
+UNEVEN = "/lm_head/=exact, /down_proj/=subspace:96:bits=None, linear=subspace:0.0625:bits=None"
+"""Of blocks only; not rounded, half the directions, and more at down, whose input has most."""
 DRAWN = {
     candidates: UNEVEN.replace("bits=None", f"bits=None:candidates={candidates}")
     for candidates in ("1.5", "2")
@@ -107,10 +107,10 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
         arm: one with rules.
         case: the model.
         goal: default: "speed" for the whole model, whose matmuls save time also where X stays saved
-            anyway, and else "memory". For drawn directions "any": what is trained leaves no input
-            exact, also where finding twice as many takes longer than the exact gradient.
+            anyway, and else "memory". What scratch.py trains leaves no input of a block exact, also
+            where finding directions takes longer than that, and is timed so.
     """
-    whole: Goal = "any" if arm.rules in DRAWN.values() else "speed"
+    whole: Goal = "any" if arm.rules in (UNEVEN, *DRAWN.values()) else "speed"
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
         goal=goal or ("memory" if arm.rules == PAPER else whole),
