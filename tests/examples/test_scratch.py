@@ -67,6 +67,8 @@ def test_steps_to_a_loss_follow_the_slope_between_two_lengths() -> None:
     for _, gap, needed in found:
         assert gap == pytest.approx(0.1)
         assert needed == pytest.approx(math.exp(0.1))
+    assert scratch.reached(records, RACE) == "220: +0.005, +0.005, +0.005"
+    assert scratch.reached(records, RACE._replace(others=150)) == "-"
     assert scratch.raced(records, RACE, 0.8)[-3:] == ["0.800", "0.88, 0.88, 0.88", "0.88"]
 
 
@@ -104,10 +106,11 @@ def test_races_store_a_tenth_of_the_inputs_and_time_arms_that_there_are(race: Ra
     assert arms.by_name(race.arm).approximates
     record = json.loads((results.RECORDS / race.timed / "benchmark.json").read_text())
     assert race.arm in record["models"][race.model]["arms"]
-    first, longer = (quality.parse(scratch.command(race.setting, row)) for row in race.rows)
+    first, *others = (quality.parse(scratch.command(race.setting, row)) for row in race.rows)
     assert quality.setting(first) == quality.setting(race.setting)
-    changed = {"steps": race.others} | ({"warmup": race.warmup} if race.warmup else {})
-    assert quality.setting(longer) == quality.setting(race.setting) | changed
+    for steps, other in zip(filter(None, (race.others, race.longer)), others, strict=True):
+        changed = {"steps": steps} | ({"warmup": race.warmup} if race.warmup else {})
+        assert quality.setting(other) == quality.setting(race.setting) | changed
     # What is timed draws of as many directions as what is trained.
     _, drawn, candidates = race.method.partition("candidates=")
     rules = arms.by_name(race.arm).rules
