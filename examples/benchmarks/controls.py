@@ -204,6 +204,7 @@ class Shares(Estimator):
     down: float
     bits: Literal[4, 8] | None = 4
     candidates: float = 1.0
+    rows: int = 16
 
     def of(self, features: int, outputs: Sequence[int]) -> Subspace:
         """Return the method of one input."""
@@ -213,7 +214,12 @@ class Shares(Estimator):
             share = self.gate_up
         else:
             share = self.qkv if len(outputs) > 1 else self.o
-        return Subspace(max(1, round(share * features)), bits=self.bits, candidates=self.candidates)
+        return Subspace(
+            max(1, round(share * features)),
+            bits=self.bits,
+            rows=self.rows,
+            candidates=self.candidates,
+        )
 
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
         return self.of(x.shape[1], outputs).store(x, seed, outputs)
