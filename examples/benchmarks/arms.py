@@ -27,8 +27,8 @@ SHORT = "linear=subspace:0.0625"
 UNEVEN = "/lm_head/=exact, /down_proj/=subspace:96:bits=None, linear=subspace:0.0625:bits=None"
 """Of blocks only; not rounded, half the directions, and more at down, whose input has most."""
 DRAWN = {
-    candidates: UNEVEN.replace("bits=None", f"bits=None:candidates={candidates}")
-    for candidates in ("1.5", "2")
+    name: UNEVEN.replace("bits=None", f"bits=None:candidates={options}")
+    for name, options in (("1.5", "1.5"), ("1.5, fewer rows", "1.5:rows=8"), ("2", "2"))
 }
 """The same, each step drawn of so many times as many."""
 
@@ -70,7 +70,7 @@ ARMS = (
     Arm("whole model, rank 1/16", rules=SHORT),
     Arm("whole model, rank 1/16 + budget 0.99", rules=SHORT, budget=0.99),
     Arm("whole model, not rounded", rules=UNEVEN),
-    *(Arm(f"whole model, drawn of {more}", rules=rules) for more, rules in DRAWN.items()),
+    *(Arm(f"whole model, drawn of {name}", rules=rules) for name, rules in DRAWN.items()),
     Arm("compile + budget 0.5", budget=0.5),
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),

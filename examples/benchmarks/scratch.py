@@ -31,6 +31,8 @@ from pamm_compile.methods.base import Size
 
 Records = Sequence[dict[str, Any]]
 SEEDS = 3
+STEPS = 200
+"""Of the exact runs that are raced."""
 
 
 class Row(NamedTuple):
@@ -158,40 +160,40 @@ def table(records: Records, base: dict[str, Any], rows: Sequence[Row]) -> list[s
 
 
 class Race(NamedTuple):
-    """A method that is run for two numbers of steps, to find those to the exact run's loss."""
+    """A method's runs by which the steps to the exact run's loss are found."""
 
     label: str
     method: str
     targets: str
     width: int
-    others: int
-    """Steps of the runs that do not take as many as the exact one: they show the slope."""
+    lengths: tuple[int, ...]
+    """Steps of its runs: as many as the exact one's, and others, which show the slope; or more than
+    the exact one's alone, of which is said whether they reach its loss."""
     timed: str
     """The folder of the record of step times."""
     arm: str
     """Of arms.py, whose step is timed."""
     warmup: int = 20
-    """Of the other runs: the exact run's, since at width 1024 another one is another start."""
+    """Of all runs: the exact run's, since at width 1024 another one is another start."""
     lr: float = 1e-3
-    longer: int = 0
-    """Steps of runs that are to reach the exact run's loss, where those of `others` do not."""
 
-    def row(self, steps: int = 0) -> Row:
-        """Return the runs of so many steps; of the exact run's at 0."""
-        changed: dict[str, Any] = {"steps": steps} if steps else {}
-        changed |= {"warmup": self.warmup} if steps and self.warmup else {}
+    def row(self, steps: int) -> Row:
+        """Return the runs of so many steps."""
+        changed: dict[str, Any] = {}
+        if steps != STEPS:
+            changed = {"steps": steps} | ({"warmup": self.warmup} if self.warmup else {})
         return Row("", self.method, self.targets, tuple(changed.items()))
 
     @property
     def rows(self) -> tuple[Row, ...]:
         """All that are run."""
-        return tuple(map(self.row, (0, self.others, *((self.longer,) if self.longer else ()))))
+        return tuple(map(self.row, self.lengths))
 
     @property
     def setting(self) -> argparse.Namespace:
         """The options of quality.py."""
-        changed = {"targets": self.targets, "lr": str(self.lr)}
-        return _setting(_WIDE | _WIDTHS[self.width] | changed)
+        changed = {"targets": self.targets, "lr": str(self.lr), "steps": str(STEPS)}
+        return _setting(_SMALL | _WIDTHS[self.width] | changed)
 
     @property
     def record(self) -> str:
@@ -205,32 +207,23 @@ class Race(NamedTuple):
 
 
 def steps_needed(records: Records, race: Race) -> Iterator[tuple[int, float, float]]:
-    """Yield by seed the gap at equal steps, and the steps to the exact run's loss by its steps.
+    """Yield by seed the gap after the first length, and the steps to the exact run's by its steps.
 
-    The gap at equal steps, where runs follow one another closely, divided by how much the loss
-    falls with the logarithm of the steps, between runs of two lengths with schedules of their own.
+    Of two lengths the gap at equal steps, where runs follow one another closely, divided by how
+    much the loss falls with the logarithm of the steps, between runs with schedules of their own.
+    Of one length that, or infinity if the run ends above the exact one.
     """
     base = quality.setting(race.setting)
-    runs, more = (_runs(records, base, race.row(steps)) for steps in (0, race.others))
-    for seed, goal in sorted(_exact(records, base, race.row()).items()):
-        if seed not in runs or seed not in more:
-            continue
-        gap = runs[seed]["validation"] - goal["validation"]
-        span = math.log(race.others / base["steps"])
-        fall = (runs[seed]["validation"] - more[seed]["validation"]) / span
-        yield seed, gap, math.exp(gap / fall) if fall > 0 else math.inf
-
-
-def reached(records: Records, race: Race) -> str:
-    """Return what the runs that are longer than the exact one end above it by, after how many."""
-    base = quality.setting(race.setting)
-    steps = max(race.others, race.longer)
-    exact, longer = _exact(records, base, race.row()), _runs(records, base, race.row(steps))
-    seeds = sorted(set(exact) & set(longer))
-    if steps < base["steps"] or len(seeds) < SEEDS:
-        return "-"
-    above = (longer[seed]["validation"] - exact[seed]["validation"] for seed in seeds)
-    return f"{steps}: " + ", ".join(f"{each:+.3f}" for each in above)
+    found = [_runs(records, base, row) for row in race.rows]
+    exact = _exact(records, base, race.row(STEPS))
+    for seed in sorted(set(exact).intersection(*found)):
+        first, *others = (runs[seed]["validation"] for runs in found)
+        gap = first - exact[seed]["validation"]
+        if others:
+            fall = (first - others[0]) / math.log(race.lengths[1] / race.lengths[0])
+            yield seed, gap, math.exp(gap / fall) if fall > 0 else math.inf
+        else:
+            yield seed, gap, race.lengths[0] / STEPS if gap <= 0 else math.inf
 
 
 def raced(records: Records, race: Race, step: float) -> list[str]:
@@ -238,18 +231,16 @@ def raced(records: Records, race: Race, step: float) -> list[str]:
     found = list(steps_needed(records, race))
     if len(found) < SEEDS:
         return []
-    gap = ", ".join(f"{each:+.3f}" for _, each, _ in found)
-    needed = ", ".join(f"{each:.3f}" for *_, each in found)
-    times = [step * each for *_, each in found]
-    shown = ", ".join(f"{each:.2f}" for each in times)
+    times = [step * needed for *_, needed in found]
+    most = "at most " if len(race.lengths) == 1 else ""
     return [
         str(race.width),
         f"{race.lr:g}",
         race.label,
-        gap,
-        needed,
+        f"{race.lengths[0]}: " + ", ".join(f"{gap:+.3f}" for _, gap, _ in found),
+        most + ", ".join(f"{needed:.3f}" for *_, needed in found),
         f"{step:.3f}",
-        shown,
+        most + ", ".join(f"{each:.2f}" for each in times),
         f"{_mean(times):.2f}",
     ]
 
@@ -260,7 +251,6 @@ def _mean(values: Sequence[float]) -> float:
 
 
 _SMALL = {"hidden": "128", "layers": "2", "batch": "8", "targets": "linear"}
-_WIDE = _SMALL | {"steps": "200"}
 _WIDTHS = {
     512: {"hidden": "512", "heads": "8"},
     1024: {"hidden": "1024", "heads": "16"},
@@ -273,22 +263,29 @@ def _setting(chosen: dict[str, str]) -> argparse.Namespace:
 
 STUDY = _setting(_SMALL)
 """The setting of causes and remedies; the rest is quality.py's own."""
+_DRAWN = "shares:0.0625:0.0625:0.0625:0.035:bits=None:candidates="
 RACES = (
-    Race("PAMM on Q, K and V, the paper's", "pamm:256", "qkv", 512, 150, "whole-60m-race", "PAMM"),
+    Race(
+        "PAMM on Q, K and V, the paper's",
+        "pamm:256", "qkv", 512, (200, 150), "whole-60m-race", "PAMM",
+    ),
     Race(
         "r = 32, and 96 at down",
-        _UNEVEN,
-        "linear", 512, 215, "whole-60m-race", "whole model, not rounded", warmup=0,
+        _UNEVEN, "linear", 512, (200, 215), "whole-60m-race", "whole model, not rounded", warmup=0,
     ),
     Race(
         "r = 64, and 96 at down, drawn of twice as many",
-        "shares:0.0625:0.0625:0.0625:0.035:bits=None:candidates=2",
-        "linear", 1024, 150, "whole-350m-race", "whole model, drawn of 2",
+        f"{_DRAWN}2", "linear", 1024, (200, 150), "whole-350m-race", "whole model, drawn of 2",
     ),
     Race(
-        "r = 64, and 96 at down, drawn of half as many more",
-        "shares:0.0625:0.0625:0.0625:0.035:bits=None:candidates=1.5",
-        "linear", 1024, 150, "whole-350m-race", "whole model, drawn of 1.5", lr=5e-4, longer=215,
+        "the same, drawn of half as many more",
+        f"{_DRAWN}1.5", "linear", 1024, (200, 150), "whole-350m-race", "whole model, drawn of 1.5",
+        lr=5e-4,
+    ),
+    Race(
+        "the same, found on half as many rows",
+        f"{_DRAWN}1.5:rows=8", "linear", 1024, (214,), "whole-350m-race",
+        "whole model, drawn of 1.5, fewer rows", lr=5e-4,
     ),
 )  # fmt: skip
 """Nothing is rounded: on a CPU it takes time, and there are bytes to spare."""
@@ -332,8 +329,8 @@ def races(folder: Path) -> list[str]:
         if cells:
             share = f"{100 * share_of_bytes(race.method, race.setting):.1f} %"
             lines.append([*cells[:3], share, *cells[3:]])
-    header = ["width", "learning rate", "", "bytes of these inputs", "above exact at its steps"]
-    header += ["after more", "steps to its loss", "a step", "time to its loss", "mean"]
+    header = ["width", "learning rate", "", "bytes of these inputs", "above exact, after steps"]
+    header += ["steps to its loss", "a step", "time to its loss", "mean"]
     return tables.markdown(header, lines)
 
 

@@ -40,7 +40,7 @@ def test_gaps_are_paired_by_seed_and_setting() -> None:
     assert lines[2].startswith("| o | 14 | +0.100, +0.100, +0.100 | +0.100 ± 0.000 |")
 
 
-RACE = Race("few", "rows:4", "o", 512, 220, "whole-60m", "PAMM")
+RACE = Race("few", "rows:4", "o", 512, (200, 220), "whole-60m", "PAMM")
 RACED = quality.setting(RACE.setting)
 LONGER = {"steps": 220, "warmup": 20}
 
@@ -67,8 +67,6 @@ def test_steps_to_a_loss_follow_the_slope_between_two_lengths() -> None:
     for _, gap, needed in found:
         assert gap == pytest.approx(0.1)
         assert needed == pytest.approx(math.exp(0.1))
-    assert scratch.reached(records, RACE) == "220: +0.005, +0.005, +0.005"
-    assert scratch.reached(records, RACE._replace(others=150)) == "-"
     assert scratch.raced(records, RACE, 0.8)[-3:] == ["0.800", "0.88, 0.88, 0.88", "0.88"]
 
 
@@ -92,6 +90,21 @@ def test_a_study_reads_the_records_of_every_width(tmp_path: Path) -> None:
     assert means == ["+0.008", "+0.004", "+0.002"]
 
 
+def test_longer_runs_alone_reach_a_loss_or_do_not() -> None:
+    race = RACE._replace(lengths=(220,))
+    records = [{**each, "setting": RACED} for each in EXACT]
+    records += [run("rows:4", seed, 2.0 + seed, **RACED | LONGER) for seed in range(3)]
+    assert scratch.raced(records, race, 0.8)[3:] == [
+        "220: +0.000, +0.000, +0.000",
+        "at most 1.100, 1.100, 1.100",
+        "0.800",
+        "at most 0.88, 0.88, 0.88",
+        "0.88",
+    ]
+    records[-1] |= {"validation": 4.001}
+    assert scratch.raced(records, race, 0.8)[-1] == "inf"
+
+
 def test_rows_are_run_by_the_command_that_their_tables_read() -> None:
     row = Row("", "rows:4", "o", (("optimizer", "sgd"), ("lr", 4e-3)))
     args = quality.parse(scratch.command(scratch.STUDY, row))
@@ -106,11 +119,10 @@ def test_races_store_a_tenth_of_the_inputs_and_time_arms_that_there_are(race: Ra
     assert arms.by_name(race.arm).approximates
     record = json.loads((results.RECORDS / race.timed / "benchmark.json").read_text())
     assert race.arm in record["models"][race.model]["arms"]
-    first, *others = (quality.parse(scratch.command(race.setting, row)) for row in race.rows)
-    assert quality.setting(first) == quality.setting(race.setting)
-    for steps, other in zip(filter(None, (race.others, race.longer)), others, strict=True):
+    for steps, row in zip(race.lengths, race.rows, strict=True):
         changed = {"steps": steps} | ({"warmup": race.warmup} if race.warmup else {})
-        assert quality.setting(other) == quality.setting(race.setting) | changed
+        wanted = quality.setting(race.setting) | (changed if steps != 200 else {})
+        assert quality.setting(quality.parse(scratch.command(race.setting, row))) == wanted
     # What is timed draws of as many directions as what is trained.
     _, drawn, candidates = race.method.partition("candidates=")
     rules = arms.by_name(race.arm).rules
