@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from pamm_compile.devices import device_named
 from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
-from pamm_compile.inspect.undisturbed import undisturbed
+from pamm_compile.inspect.undisturbed import refuse_options, undisturbed
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 
@@ -41,8 +41,9 @@ def explain(
         The report: print it, or use its `sites`, `to_dict()` and `to_json()`.
 
     Raises:
-        InvalidOptionError: no figures of the device are known.
+        InvalidOptionError: no figures of the device are known, or an option would go to the model.
     """
+    refuse_options(model, kwargs, "Give options as using=pamm_compile.backend(…).")
     if device is not None:
         device_named(device)
     chosen = using or backend()

@@ -18,7 +18,7 @@ from pamm_compile.driver import Compiled, Mode, compile_graph, visit
 from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.inspect.observe import Observation, ObserveSites
-from pamm_compile.inspect.undisturbed import undisturbed
+from pamm_compile.inspect.undisturbed import refuse_options, undisturbed
 from pamm_compile.methods.base import Method, exact_cost
 from pamm_compile.methods.sampling import content_seed
 from pamm_compile.rules import NAMED_TARGETS, Rule, make_rules
@@ -173,9 +173,11 @@ def fidelity(
         The figures: print them, or use `sites`, `to_json()` and `plot()`.
 
     Raises:
-        InvalidOptionError: not exactly one of `rules` and `methods` is given, or draws < 1.
+        InvalidOptionError: not exactly one of `rules` and `methods` is given, draws < 1, or an
+            option would go to the model.
         MeasurementError: the model returns no loss, or nothing was found.
     """
+    refuse_options(model, kwargs, "Give rules=… or methods=….")
     if (rules is None) == (methods is None) or (methods is not None and not methods):
         raise InvalidOptionError(
             "fidelity() needs either rules, a method for every target, or methods, to compare "

@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.inspect.measure import SavedStorage, saved_storages
+from pamm_compile.inspect.undisturbed import refuse_options
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 
@@ -63,6 +64,7 @@ def predict_saved(
         Bytes saved, block by block, and what was compressed.
 
     Raises:
+        InvalidOptionError: `using` is something else, or an option would go to the model.
         MeasurementError: a tensor is saved whose layout is neither strided nor sparse COO.
     """
     if using is not None and using != "exact" and not isinstance(using, Backend):
@@ -70,6 +72,7 @@ def predict_saved(
             f"using={using!r} is not allowed: using must be a backend of pamm_compile.backend(), "
             '"exact", or None for the defaults.'
         )
+    refuse_options(model, kwargs, "Give options as using=pamm_compile.backend(…).")
     chosen = None if using == "exact" else using or backend()
     report = Report()
 
