@@ -152,7 +152,7 @@ def table(records: Records, base: dict[str, Any], rows: Sequence[Row]) -> list[s
         stored = max(r["bytes_per_token"] for r in _runs(records, base, row).values())
         error = statistics.stdev(found) / math.sqrt(len(found))
         shown = ", ".join(f"{gap:+.3f}" for gap in found)
-        is_control = row.method.startswith(("noise", "rounded"))
+        is_control = row.method.startswith(("noise", "unbiased", "rounded"))
         cells = ["-" if is_control else f"{stored:.0f}", shown]
         lines.append([row.label, *cells, f"{statistics.fmean(found):+.3f} ± {error:.3f}"])
     header = ["", "most bytes a token", "above exact by seed", "mean ± standard error"]
