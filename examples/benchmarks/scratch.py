@@ -167,8 +167,7 @@ class Race(NamedTuple):
     targets: str
     width: int
     lengths: tuple[int, ...]
-    """Steps of its runs: as many as the exact one's, and others, which show the slope; or more than
-    the exact one's alone, of which is said whether they reach its loss."""
+    """Steps of its runs: of those whose gap counts, and of others, which show the slope."""
     timed: str
     """The folder of the record of step times."""
     arm: str
@@ -176,6 +175,8 @@ class Race(NamedTuple):
     warmup: int = 20
     """Of all runs: the exact run's, since at width 1024 another one is another start."""
     lr: float = 1e-3
+    slope: str = ""
+    """The method of another race, as long as these, whose slope holds where no others are run."""
 
     def row(self, steps: int) -> Row:
         """Return the runs of so many steps."""
@@ -209,21 +210,20 @@ class Race(NamedTuple):
 def steps_needed(records: Records, race: Race) -> Iterator[tuple[int, float, float]]:
     """Yield by seed the gap after the first length, and the steps to the exact run's by its steps.
 
-    Of two lengths the gap at equal steps, where runs follow one another closely, divided by how
-    much the loss falls with the logarithm of the steps, between runs with schedules of their own.
-    Of one length that, or infinity if the run ends above the exact one.
+    The gap, where runs follow one another closely, divided by how much the loss falls with the
+    logarithm of the steps, between runs of two lengths with schedules of their own.
     """
     base = quality.setting(race.setting)
-    found = [_runs(records, base, row) for row in race.rows]
+    sloped = race._replace(method=race.slope, lengths=_LENGTHS) if race.slope else race
+    runs = _runs(records, base, race.rows[0])
+    more, fewer = (_runs(records, base, row) for row in sloped.rows)
+    span = math.log(sloped.lengths[0] / sloped.lengths[1])
     exact = _exact(records, base, race.row(STEPS))
-    for seed in sorted(set(exact).intersection(*found)):
-        first, *others = (runs[seed]["validation"] for runs in found)
-        gap = first - exact[seed]["validation"]
-        if others:
-            fall = (first - others[0]) / math.log(race.lengths[1] / race.lengths[0])
-            yield seed, gap, math.exp(gap / fall) if fall > 0 else math.inf
-        else:
-            yield seed, gap, race.lengths[0] / STEPS if gap <= 0 else math.inf
+    for seed in sorted(set(exact).intersection(runs, more, fewer)):
+        gap = runs[seed]["validation"] - exact[seed]["validation"]
+        fall = (fewer[seed]["validation"] - more[seed]["validation"]) / span
+        needed = race.lengths[0] / STEPS * math.exp(gap / fall) if fall > 0 else math.inf
+        yield seed, gap, needed
 
 
 def raced(records: Records, race: Race, step: float) -> list[str]:
@@ -232,15 +232,14 @@ def raced(records: Records, race: Race, step: float) -> list[str]:
     if len(found) < SEEDS:
         return []
     times = [step * needed for *_, needed in found]
-    most = "at most " if len(race.lengths) == 1 else ""
     return [
         str(race.width),
         f"{race.lr:g}",
         race.label,
         f"{race.lengths[0]}: " + ", ".join(f"{gap:+.3f}" for _, gap, _ in found),
-        most + ", ".join(f"{needed:.3f}" for *_, needed in found),
+        ", ".join(f"{needed:.3f}" for *_, needed in found),
         f"{step:.3f}",
-        most + ", ".join(f"{each:.2f}" for each in times),
+        ", ".join(f"{each:.2f}" for each in times),
         f"{_mean(times):.2f}",
     ]
 
@@ -264,28 +263,31 @@ def _setting(chosen: dict[str, str]) -> argparse.Namespace:
 STUDY = _setting(_SMALL)
 """The setting of causes and remedies; the rest is quality.py's own."""
 _DRAWN = "shares:0.0625:0.0625:0.0625:0.035:bits=None:candidates="
+_LENGTHS = (STEPS, 150)
 RACES = (
     Race(
         "PAMM on Q, K and V, the paper's",
-        "pamm:256", "qkv", 512, (200, 150), "whole-60m-race", "PAMM",
+        "pamm:256", "qkv", 512, _LENGTHS, "whole-60m-race", "PAMM",
     ),
     Race(
         "r = 32, and 96 at down",
-        _UNEVEN, "linear", 512, (200, 215), "whole-60m-race", "whole model, not rounded", warmup=0,
+        _UNEVEN, "linear", 512, (STEPS, 215), "whole-60m-race", "whole model, not rounded",
+        warmup=0,
     ),
     Race(
         "r = 64, and 96 at down, drawn of twice as many",
-        f"{_DRAWN}2", "linear", 1024, (200, 150), "whole-350m-race", "whole model, drawn of 2",
+        f"{_DRAWN}2", "linear", 1024, _LENGTHS, "whole-350m-race", "whole model, drawn of 2",
     ),
     Race(
         "the same, drawn of half as many more",
-        f"{_DRAWN}1.5", "linear", 1024, (200, 150), "whole-350m-race", "whole model, drawn of 1.5",
+        f"{_DRAWN}1.5", "linear", 1024, _LENGTHS, "whole-350m-race", "whole model, drawn of 1.5",
         lr=5e-4,
     ),
     Race(
         "the same, found on half as many rows",
         f"{_DRAWN}1.5:rows=8", "linear", 1024, (214,), "whole-350m-race",
         "whole model, drawn of 1.5, fewer rows", lr=5e-4,
+        slope=f"{_DRAWN}1.5",
     ),
 )  # fmt: skip
 """Nothing is rounded: on a CPU it takes time, and there are bytes to spare."""

@@ -90,19 +90,20 @@ def test_a_study_reads_the_records_of_every_width(tmp_path: Path) -> None:
     assert means == ["+0.008", "+0.004", "+0.002"]
 
 
-def test_longer_runs_alone_reach_a_loss_or_do_not() -> None:
-    race = RACE._replace(lengths=(220,))
+def test_runs_of_one_length_have_the_slope_of_others() -> None:
+    race = RACE._replace(lengths=(220,), slope="rows:8")
     records = [{**each, "setting": RACED} for each in EXACT]
-    records += [run("rows:4", seed, 2.0 + seed, **RACED | LONGER) for seed in range(3)]
-    assert scratch.raced(records, race, 0.8)[3:] == [
-        "220: +0.000, +0.000, +0.000",
-        "at most 1.100, 1.100, 1.100",
-        "0.800",
-        "at most 0.88, 0.88, 0.88",
-        "0.88",
-    ]
-    records[-1] |= {"validation": 4.001}
-    assert scratch.raced(records, race, 0.8)[-1] == "inf"
+    for seed in range(3):
+        records.append(run("rows:4", seed, 2.05 + seed, **RACED | LONGER))
+        records.append(run("rows:8", seed, 4.0, **RACED))
+    assert not list(scratch.steps_needed(records, race))
+    fewer = {"steps": 150, "warmup": 20}
+    for seed in range(3):
+        records.append(run("rows:8", seed, 4.0 + math.log(200 / 150), **RACED | fewer))
+    for _, gap, needed in scratch.steps_needed(records, race):
+        assert gap == pytest.approx(0.05)
+        assert needed == pytest.approx(1.1 * math.exp(0.05))
+    assert scratch.raced(records, race, 0.8)[3] == "220: +0.050, +0.050, +0.050"
 
 
 def test_rows_are_run_by_the_command_that_their_tables_read() -> None:
