@@ -110,10 +110,14 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
             anyway, and else "memory". What scratch.py trains leaves no input of a block exact, also
             where finding directions takes longer than that, and is timed so.
     """
-    whole: Goal = "any" if arm.rules in (UNEVEN, *DRAWN.values()) else "speed"
+    usual: Goal = "memory"
+    if arm.rules in (WHOLE, SHORT):
+        usual = "speed"
+    elif arm.rules in (UNEVEN, *DRAWN.values()):
+        usual = "any"
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
-        goal=goal or ("memory" if arm.rules == PAPER else whole),
+        goal=goal or usual,
         min_tokens=case.min_tokens,
         base=case.base,
     )
