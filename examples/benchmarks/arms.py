@@ -30,7 +30,7 @@ DRAWN = {
     name: UNEVEN.replace("bits=None", f"bits=None:candidates={options}")
     for name, options in (("1.5", "1.5"), ("1.5, fewer rows", "1.5:rows=8"), ("2", "2"))
 }
-"""The same, each step drawn of so many times as many."""
+"""The same number of directions, drawn in each step of so many times as many."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
         case: the model.
         goal: default: "speed" for the whole model, whose matmuls save time also where X stays saved
             anyway, and else "memory". What scratch.py trains leaves no input of a block exact, also
-            where finding directions takes longer than that, and is timed so.
+            where finding directions takes longer than the exact gradient, and is timed so.
     """
     usual: Goal = "memory"
     if arm.rules in (WHOLE, SHORT):

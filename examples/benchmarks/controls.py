@@ -42,23 +42,23 @@ class Dense(Estimator):
 class Noisy(Estimator):
     """The exact gradient and unbiased noise."""
 
-    def error(self, x: Tensor, seed: Tensor) -> Tensor:
-        """Return E of an input [b, n]: the noise is as long as dZᵀE."""
+    def length(self, exact: Tensor, grad: Tensor, x: Tensor, seed: Tensor) -> Tensor:
+        """Return the root mean square of the noise in dZᵀX, which is `exact`."""
         raise NotImplementedError
 
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
-        return x, self.error(x, seed), seed
+        return x, seed
 
     def weight_gradients(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
-        x, error, seed = stored
+        x, seed = stored
         draw = _draw(seed)
 
         def noisy(grad: Tensor) -> Tensor:
             exact = grad.T @ x
-            size = (grad.T @ error).square().mean().sqrt()
-            return exact + size * torch.randn(exact.shape, generator=draw)
+            noise = torch.randn(exact.shape, generator=draw)
+            return exact + self.length(exact, grad, x, seed) * noise
 
         return gradients(noisy, grads, transposed)
 
@@ -72,8 +72,8 @@ class Noise(Noisy):
 
     share: float
 
-    def error(self, x: Tensor, seed: Tensor) -> Tensor:
-        return self.share * x
+    def length(self, exact: Tensor, grad: Tensor, x: Tensor, seed: Tensor) -> Tensor:
+        return self.share * exact.square().mean().sqrt()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +82,9 @@ class Unbiased(Noisy):
 
     r: int
 
-    def error(self, x: Tensor, seed: Tensor) -> Tensor:
+    def length(self, exact: Tensor, grad: Tensor, x: Tensor, seed: Tensor) -> Tensor:
         basis = _directions(x, self.r, seed)
-        return x - x @ basis.T @ basis
+        return (exact - grad.T @ x @ basis.T @ basis).square().mean().sqrt()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,8 @@ from pamm_compile.methods.base import Size
 
 Records = Sequence[dict[str, Any]]
 SEEDS = 3
+_DENSE = ("noise", "unbiased", "rounded", "tail", "lottery", "centred", "restored")
+"""What keeps X̂ itself, dense and not rounded: its bytes say nothing."""
 STEPS = 200
 """Of the exact runs that are raced."""
 
@@ -57,8 +59,8 @@ CAUSES = (
     Row("all seven, r = 20, 4 bits", "subspace:20"),
     Row("r = 20, not rounded", "directions:20"),
     Row("exact, unbiased noise as long as its error", "unbiased:20"),
-    Row("20 of 40 directions, drawn", "lottery:20"),
-    Row("the mean of eight draws", "lottery:20:draws=8"),
+    Row("20 of 40 directions, drawn and reweighted", "lottery:20"),
+    Row("the same, the mean of eight draws", "lottery:20:draws=8"),
     Row("r = 40, 4 bits", "subspace:40"),
     Row("PAMM at 20 bytes a token", "generators:fill=20"),
     *(Row(f"r = 20 on {name}", "subspace:20", name) for name in ("qkv", "o", "gate+up", "down")),
@@ -152,8 +154,7 @@ def table(records: Records, base: dict[str, Any], rows: Sequence[Row]) -> list[s
         stored = max(r["bytes_per_token"] for r in _runs(records, base, row).values())
         error = statistics.stdev(found) / math.sqrt(len(found))
         shown = ", ".join(f"{gap:+.3f}" for gap in found)
-        is_control = row.method.startswith(("noise", "unbiased", "rounded"))
-        cells = ["-" if is_control else f"{stored:.0f}", shown]
+        cells = ["-" if row.method.startswith(_DENSE) else f"{stored:.0f}", shown]
         lines.append([row.label, *cells, f"{statistics.fmean(found):+.3f} ± {error:.3f}"])
     header = ["", "most bytes a token", "above exact by seed", "mean ± standard error"]
     return tables.markdown(header, lines)
@@ -167,16 +168,17 @@ class Race(NamedTuple):
     targets: str
     width: int
     lengths: tuple[int, ...]
-    """Steps of its runs: of those whose gap counts, and of others, which show the slope."""
+    """Steps of its runs: the first gives the gap, the second only the slope."""
     timed: str
     """The folder of the record of step times."""
     arm: str
     """Of arms.py, whose step is timed."""
     warmup: int = 20
-    """Of all runs: the exact run's, since at width 1024 another one is another start."""
+    """Steps of runs that are not as long as the exact one, which has as many: at width 1024 runs of
+    another warm-up do not follow one another. 0 for a tenth of each run."""
     lr: float = 1e-3
     slope: str = ""
-    """The method of another race, as long as these, whose slope holds where no others are run."""
+    """The method of another race of the same setting, whose slope holds where none is run."""
 
     def row(self, steps: int) -> Row:
         """Return the runs of so many steps."""
@@ -216,12 +218,12 @@ def steps_needed(records: Records, race: Race) -> Iterator[tuple[int, float, flo
     base = quality.setting(race.setting)
     sloped = race._replace(method=race.slope, lengths=_LENGTHS) if race.slope else race
     runs = _runs(records, base, race.rows[0])
-    more, fewer = (_runs(records, base, row) for row in sloped.rows)
+    first, second = (_runs(records, base, row) for row in sloped.rows)
     span = math.log(sloped.lengths[0] / sloped.lengths[1])
     exact = _exact(records, base, race.row(STEPS))
-    for seed in sorted(set(exact).intersection(runs, more, fewer)):
+    for seed in sorted(set(exact).intersection(runs, first, second)):
         gap = runs[seed]["validation"] - exact[seed]["validation"]
-        fall = (fewer[seed]["validation"] - more[seed]["validation"]) / span
+        fall = (second[seed]["validation"] - first[seed]["validation"]) / span
         needed = race.lengths[0] / STEPS * math.exp(gap / fall) if fall > 0 else math.inf
         yield seed, gap, needed
 
@@ -307,9 +309,11 @@ def study(folder: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def share_of_bytes(method: str, args: argparse.Namespace) -> float:
-    """Return what a method stores of a layer's inputs, by the inputs, both in bfloat16."""
+    """Return what a method stores of its targets' inputs, by the inputs, both in bfloat16."""
     n, inner = args.hidden, models.study_inner(args.hidden)
     sites = [(n, (n, n, n)), (n, (n,)), (n, (inner, inner)), (inner, (n,))]
+    if args.targets == "qkv":
+        sites = sites[:1]
     sizes = [Size(args.batch * args.sequence, *site, torch.bfloat16) for site in sites]
     chosen = choices.parse(method).method
     return sum(map(chosen.stored_bytes, sizes)) / sum(size.bytes for size in sizes)

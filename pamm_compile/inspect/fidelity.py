@@ -177,7 +177,7 @@ def fidelity(
             option would go to the model.
         MeasurementError: the model returns no loss, or nothing was found.
     """
-    refuse_options(model, kwargs, "Give rules=… or methods=….")
+    refuse_options(model, kwargs, "What is compared is given as rules=… or methods=….")
     if (rules is None) == (methods is None) or (methods is not None and not methods):
         raise InvalidOptionError(
             "fidelity() needs either rules, a method for every target, or methods, to compare "

@@ -12,14 +12,15 @@ import torch
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.torch_backend import Backend
 
-_OURS = ("backend", "rules", "goal", "using")
+# Not all options of backend(): wrapped models take, say, `targets` or `seed` for those within.
+_OURS = ("backend", "using", "rules", "methods", "goal", "min_tokens", "min_generators", "epsilon")
 
 
 def refuse_options(model: torch.nn.Module, given: Mapping[str, Any], instead: str) -> None:
     """Raise if what a model is to be called with are options of ours.
 
-    Models of Transformers take any keyword and ignore it, so that a misspelt option would answer
-    for the defaults.
+    Models of Transformers take any keyword and ignore it, so that an option in the wrong place
+    would answer for the defaults.
 
     Args:
         model: what is called.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from examples.benchmarks import arms, quality, results, scratch
+import pamm_compile
+from examples.benchmarks import arms, choices, controls, quality, results, scratch
 from examples.benchmarks.scratch import Race, Row
+from pamm_compile.rules import make_rules
 
 BASE = {"hidden": 128, "steps": 300, "lr": 2e-3, "targets": "linear"}
 
@@ -122,13 +125,28 @@ def test_races_store_a_tenth_of_the_inputs_and_time_arms_that_there_are(race: Ra
     assert race.arm in record["models"][race.model]["arms"]
     for steps, row in zip(race.lengths, race.rows, strict=True):
         changed = {"steps": steps} | ({"warmup": race.warmup} if race.warmup else {})
-        wanted = quality.setting(race.setting) | (changed if steps != 200 else {})
+        wanted = quality.setting(race.setting) | (changed if steps != scratch.STEPS else {})
         assert quality.setting(quality.parse(scratch.command(race.setting, row))) == wanted
-    # What is timed draws of as many directions as what is trained.
-    _, drawn, candidates = race.method.partition("candidates=")
-    rules = arms.by_name(race.arm).rules
-    assert rules.count("candidates=") == 2 * bool(drawn)
-    assert rules.endswith(candidates)
+    assert list(scratch.steps_needed(quality.records(results.RECORDS / race.record), race))
+    if race.targets == "qkv":
+        assert scratch.share_of_bytes(race.method, race.setting) == pytest.approx(7 / 1024, rel=0.1)
+        return
+    # What is timed finds and keeps as many directions as what is trained.
+    trained, n = choices.parse(race.method).method, race.setting.hidden
+    inner = {512: 1376, 1024: 2736}[n]
+    assert isinstance(trained, controls.Shares)
+    rules = {str(rule.target): rule.method for rule in make_rules(arms.by_name(race.arm).rules)}
+    down, *_ = (method for target, method in rules.items() if "down_proj" in target)
+    for features, outputs, timed in (
+        (n, (n, n, n), rules["linear"]),
+        (n, (n,), rules["linear"]),
+        (n, (inner, inner), rules["linear"]),
+        (inner, (n,), down),
+    ):
+        method = trained.of(features, outputs)
+        assert isinstance(timed, pamm_compile.Subspace)
+        assert timed.directions(features, outputs) == method.directions(features, outputs)
+        assert timed == dataclasses.replace(method, rank=timed.rank)
 
 
 def test_exact_stores_all_of_the_inputs() -> None:

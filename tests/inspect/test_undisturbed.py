@@ -39,6 +39,7 @@ def test_options_do_not_go_to_the_model(look: Callable[..., Any], compiled: bool
         {"plan": pamm_compile.backend()},
         {"rules": "linear=subspace"},
         {"goal": "speed"},
+        {"min_tokens": 1},
     ):
         with pytest.raises(InvalidOptionError, match=r"using=pamm_compile\.backend"):
             look(model, torch.randn(4, 8), **given)
