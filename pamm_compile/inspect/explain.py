@@ -10,7 +10,8 @@ from torch.fx import GraphModule
 
 from pamm_compile.devices import device_named
 from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
-from pamm_compile.inspect.undisturbed import refuse_options, undisturbed
+from pamm_compile.inspect.arguments import refuse_options
+from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 

@@ -17,8 +17,9 @@ from torch.fx import GraphModule
 from pamm_compile.driver import Compiled, Mode, compile_graph, visit
 from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.graph.pipeline import Pipeline
+from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.observe import Observation, ObserveSites
-from pamm_compile.inspect.undisturbed import refuse_options, undisturbed
+from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.methods.base import Method, exact_cost
 from pamm_compile.methods.sampling import content_seed
 from pamm_compile.rules import NAMED_TARGETS, Rule, make_rules

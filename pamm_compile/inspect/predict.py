@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 
 from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
 from pamm_compile.errors import InvalidOptionError
+from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.measure import SavedStorage, saved_storages
-from pamm_compile.inspect.undisturbed import refuse_options
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 

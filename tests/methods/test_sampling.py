@@ -104,6 +104,7 @@ def test_compiled_numbers_of_generators_are_the_eager_ones_for_any_ratio() -> No
         assert torch.equal(compiled(x, seed), count(x, seed))
 
 
+# Each is compiled anew, which is what these tests take their time for.
 REPEATED = pytest.mark.everything
 
 
