@@ -18,11 +18,12 @@ from pamm_compile.inspect.measure import MemoryUse, SavedStorage, measure_memory
 from pamm_compile.inspect.predict import Prediction, predict_saved
 from pamm_compile.inspect.recommend import Recommendation, recommend
 from pamm_compile.methods import register_method
-from pamm_compile.methods.base import Cost, Method, Size
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.methods.subspace import Subspace
 from pamm_compile.report import GraphReport, Note, Report, SiteReport, State
 from pamm_compile.sites.reasons import Reason
+from pamm_compile.size import Cost, Size
 from pamm_compile.torch_backend import Backend, backend
 
 __all__ = [

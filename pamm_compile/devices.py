@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from pamm_compile import checks
-from pamm_compile.methods.base import Cost, Method, Size, exact_cost
+from pamm_compile.size import Cost, Size, exact_cost
 
 MATMUL_SHARE = 0.66
 """Assumed of the peak: what large bfloat16 matmuls reach where power limits the clock."""
@@ -116,6 +116,14 @@ _DEVICES = {
 }
 
 
+class Costed(Protocol):
+    """What a method is to a model of the time: something that has a cost at a site."""
+
+    def cost(self, size: Size) -> Cost:
+        """Return what it computes and moves for one site and step."""
+        ...
+
+
 @runtime_checkable
 class Predicted(Protocol):
     """A method that has a model of its own kernels."""
@@ -167,7 +175,7 @@ def exact_seconds(size: Size, device: DeviceFigures) -> float:
     return max(arithmetic, memory) + cost.launches * device.launch
 
 
-def site_seconds(method: Method, size: Size, device: DeviceFigures) -> float:
+def site_seconds(method: Costed, size: Size, device: DeviceFigures) -> float:
     """Return a model's time of a method at a site, forward and backward, in place of exact dW.
 
     By the method's own model of its kernels where it has one (`Predicted`), by `Method.cost`

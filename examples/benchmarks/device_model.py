@@ -32,9 +32,10 @@ from pamm_compile.devices import (
     exact_seconds,
     site_seconds,
 )
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.triton import model
 from pamm_compile.rules import parse_rules
+from pamm_compile.size import Size
 
 MODELS = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
 DEVICES = ("a100", "h100", "h200", "mi300x")

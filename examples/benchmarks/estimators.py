@@ -16,10 +16,11 @@ from torch import Tensor
 
 from pamm_compile import Pamm
 from pamm_compile.methods import METHODS
-from pamm_compile.methods.base import Cost, Method, Size, exact_cost
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm import assign, index_dtype
 from pamm_compile.methods.pamm.compression import Compressed, weight_gradients
 from pamm_compile.methods.sampling import Sampling, content_seed, sample_rows, site_seed
+from pamm_compile.size import Cost, Size, exact_cost
 
 _CLIP = 3.0
 _MASK = 0x7FFFFFFF

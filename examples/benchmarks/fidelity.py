@@ -37,7 +37,8 @@ from torch import Tensor, nn
 
 from examples.benchmarks import choices, cli, corpus, estimators, machine, models, tables, training
 from examples.benchmarks.choices import Choice
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
+from pamm_compile.size import Size
 
 GROUPS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o",
           "gate_proj": "gate, up", "up_proj": "gate, up", "down_proj": "down"}  # fmt: skip

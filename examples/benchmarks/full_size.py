@@ -17,8 +17,8 @@ import pamm_compile
 from examples.benchmarks.arms import ARMS, REFERENCE, WHOLE, Arm, backend_of, by_name, variant
 from examples.benchmarks.models import Case, make_model, precision
 from pamm_compile.inspect.measure import saved_storages
-from pamm_compile.methods.base import Size, exact_cost
 from pamm_compile.rules import parse_rules
+from pamm_compile.size import Size, exact_cost
 
 RULES = {
     "PAMM on Q, K, V": "qkv=pamm:{ratio:g}",

@@ -41,11 +41,11 @@ from examples.benchmarks import cli, machine, tables
 from examples.benchmarks.models import SHAPES
 from examples.benchmarks.timing import seconds
 from pamm_compile import devices
-from pamm_compile.methods.base import Size
 from pamm_compile.methods.pamm import assign, contract, index_dtype
 from pamm_compile.methods.pamm import triton as lowering
 from pamm_compile.methods.pamm.triton import model as time_model
 from pamm_compile.methods.pamm.triton import plan as tile_plan
+from pamm_compile.size import Size
 
 TINY = ("tiny", 512, 16)
 WIDTHS = {name: shape.width for name, shape in SHAPES.items()} | {"tiny": 64}

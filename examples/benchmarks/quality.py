@@ -35,7 +35,8 @@ from torch.nn import functional as F
 
 from examples.benchmarks import choices, cli, corpus, estimators, machine, models, training
 from examples.benchmarks.choices import Choice
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
+from pamm_compile.size import Size
 
 TARGETS = {
     "qkv": r"\.(q|k|v)_proj$",

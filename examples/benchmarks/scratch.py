@@ -27,7 +27,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from examples.benchmarks import choices, cli, models, quality, tables
-from pamm_compile.methods.base import Size
+from pamm_compile.size import Size
 
 Records = Sequence[dict[str, Any]]
 SEEDS = 3

@@ -20,9 +20,10 @@ from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.observe import Observation, ObserveSites
 from pamm_compile.inspect.undisturbed import undisturbed
-from pamm_compile.methods.base import Method, exact_cost
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import content_seed
 from pamm_compile.rules import NAMED_TARGETS, Rule, make_rules
+from pamm_compile.size import exact_cost
 
 _LOSS_HINT = "pass loss=lambda output: … that makes a scalar of what the model returns."
 

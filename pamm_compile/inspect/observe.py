@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from pamm_compile.graph.joint import JointGraph
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
 from pamm_compile.report import GraphReport
 from pamm_compile.rules import Rules
 from pamm_compile.sites.choose import Candidate, choose
 from pamm_compile.sites.projections import WeightGradient
+from pamm_compile.size import Size
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from pamm_compile.graph.joint import JointGraph
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
 from pamm_compile.rules import Rules
 from pamm_compile.sites.cost import size_of
 from pamm_compile.sites.projections import Projection, Site, group
 from pamm_compile.sites.reasons import Decline, Reason
 from pamm_compile.sites.targets import Match, classify, holds
+from pamm_compile.size import Size
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from pamm_compile import devices
 from pamm_compile.graph.joint import value
-from pamm_compile.methods.base import Cost, Method, Size, exact_cost
+from pamm_compile.methods.base import Method
 from pamm_compile.private import aot
 from pamm_compile.sites.projections import Site
+from pamm_compile.size import Cost, Size, exact_cost
 
 # Of two cores of a server, from docs/benchmarks/cpu-kernels.md: floating-point operations a second
 # in float32, how much faster 16 bits are, bytes a second, seconds a kernel. The balance matters.

@@ -15,12 +15,13 @@ from torch.fx import Node
 
 from pamm_compile.graph.joint import JointGraph, value
 from pamm_compile.graph.vocabulary import op_name
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.sites.choose import Candidate, Choice
 from pamm_compile.sites.cost import saved_time
 from pamm_compile.sites.reasons import Decline, Reason
+from pamm_compile.size import Size
 
 _MOST_TOKENS = 2**40
 """More than any tensor has; guards are compiled, and know no larger integers than 2⁶³."""

@@ -12,8 +12,8 @@ from pamm_testing.programs import assert_finite
 
 from examples.benchmarks import gpu_session, kernels
 from pamm_compile import devices
-from pamm_compile.methods.base import Size
 from pamm_compile.methods.pamm.triton import model, plan
+from pamm_compile.size import Size
 
 
 def test_inputs_are_as_many_as_the_cache_takes_of_what_is_read() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 import pamm_compile
 from examples.benchmarks import estimators, quality
 from examples.benchmarks.choices import parse
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
+from pamm_compile.size import Size
 
 Run = Callable[..., str]
 

@@ -15,9 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.methods import subspace
-from pamm_compile.methods.base import Method, Size
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.subspace import TOKENS_A_SCALE, Subspace
 from pamm_compile.private import aot
+from pamm_compile.size import Size
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pamm_compile import checks
 from pamm_compile.devices import DeviceFigures
-from pamm_compile.methods.base import Cost, Size
 from pamm_compile.methods.pamm.compression import (
     Compressed,
     compress,
@@ -22,6 +21,7 @@ from pamm_compile.methods.pamm.compression import (
 from pamm_compile.methods.pamm.operators import index_dtype
 from pamm_compile.methods.pamm.triton import model
 from pamm_compile.methods.sampling import Sampling
+from pamm_compile.size import Cost, Size
 
 
 @dataclass(frozen=True)

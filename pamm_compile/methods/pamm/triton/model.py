@@ -14,9 +14,9 @@ import torch
 
 from pamm_compile import devices
 from pamm_compile.devices import DeviceFigures
-from pamm_compile.methods.base import Size
 from pamm_compile.methods.pamm.triton import figures, plan
 from pamm_compile.methods.pamm.triton.common import Device, Tile
+from pamm_compile.size import Size
 
 # What a sort of b tokens launches, and moves for each: key and position, read and written twice,
 # a histogram, and the gradients' rows by position afterwards.

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from pamm_compile.devices import device_named, exact_seconds, site_seconds
-from pamm_compile.methods.base import Size
 from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.methods.pamm.triton import model, plan
+from pamm_compile.size import Size
 
 H100 = device_named("h100")
 

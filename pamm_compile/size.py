@@ -1,0 +1,59 @@
+"""The sizes of one site, and what computing something for it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Size:
+    """The sizes of one site, of symbolic shapes those that were compiled with."""
+
+    tokens: int
+    """b, rows of X."""
+    features: int
+    """n, columns of X."""
+    outputs: tuple[int, ...]
+    """m_p, columns of each projection's output whose weight gradient is made."""
+    dtype: torch.dtype
+    """Of X."""
+    device: str = "cpu"
+    """Type of the device that X is on."""
+    symbolic: bool = False
+    """Whether `tokens` varies from call to call of the compiled graph."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of X."""
+        return self.tokens * self.features * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a method computes and moves for one site and one step, beyond the forward matmuls."""
+
+    flops: int
+    """Floating-point operations, a multiply-add counted as two."""
+    bytes: int
+    """Bytes read and written in main memory."""
+    launches: int
+    """Kernels, where each runs for itself."""
+    wide_flops: int = 0
+    """Of `flops`, those in float32 whatever the dtype of X: a device may be far slower at these."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            self.launches + other.launches,
+            self.wide_flops + other.wide_flops,
+        )
+
+
+def exact_cost(size: Size) -> Cost:
+    """Return what the exact weight gradients of a site cost, dW = dZᵀX for each projection."""
+    b, n, m = size.tokens, size.features, sum(size.outputs)
+    moved = len(size.outputs) * b * n + b * m + n * m
+    return Cost(2 * b * n * m, moved * size.dtype.itemsize, len(size.outputs))
