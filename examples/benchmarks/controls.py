@@ -14,8 +14,8 @@ from torch import Tensor
 
 from examples.benchmarks.estimators import Estimator, gradients
 from pamm_compile import Subspace
-from pamm_compile.methods.directions import principal_directions
 from pamm_compile.methods.sampling import site_seed
+from pamm_compile.methods.subspace.directions import principal_directions
 from pamm_compile.size import Size
 
 

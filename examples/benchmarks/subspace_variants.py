@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pamm_compile import Pamm, Subspace
 from pamm_compile.methods.base import Method
-from pamm_compile.methods.directions import principal_directions
+from pamm_compile.methods.subspace.directions import principal_directions
 
 STORED = torch.bfloat16
 """What the bytes are counted for."""

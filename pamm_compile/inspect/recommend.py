@@ -13,7 +13,7 @@ from pamm_compile import checks
 from pamm_compile.inspect.fidelity import Fidelity, SiteFidelity, fidelity, root_mean_square
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.method import Pamm
-from pamm_compile.methods.subspace import Subspace
+from pamm_compile.methods.subspace.method import Subspace
 
 CANDIDATES: tuple[Method, ...] = (
     *(Pamm(ratio) for ratio in (512, 128, 32)),

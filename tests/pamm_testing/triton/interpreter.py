@@ -80,7 +80,7 @@ def assign(
     with_norm: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What the template of `pamm::assign` computes, through the plain kernel."""
-    from pamm_compile.methods.pamm.triton import launch
+    from pamm_testing.triton import launch
 
     (b, n), k = x.shape, generators.shape[0]
     rows, columns, depth = tile
@@ -113,7 +113,7 @@ def contract(
     grad_left: bool,
 ) -> Tensor:
     """What the template of `pamm::contract` computes for one gradient, through the plain kernel."""
-    from pamm_compile.methods.pamm.triton import launch
+    from pamm_testing.triton import launch
 
     b, m = grad.shape
     rows, columns, depth = tile

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from pamm_compile.methods.pamm import assign, contract, eager, index_dtype
-from pamm_compile.methods.pamm.triton import common, model, plan
+from pamm_compile.methods.pamm.triton import model, plan
+from pamm_compile.methods.triton.device import Device
+from pamm_compile.private import inductor
 from pamm_testing.triton.fake_gpu import fake_inputs, generate
 
 DEVICES = {
-    "sm_90": common.Device("cuda", 9, 132, 232448),
-    "sm_80": common.Device("cuda", 8, 108, 166912),
-    "gfx942": common.Device("hip", 0, 304, 65536),
+    "sm_90": Device("cuda", 9, 132, 232448),
+    "sm_80": Device("cuda", 8, 108, 166912),
+    "gfx942": Device("hip", 0, 304, 65536),
 }
 LAYOUTS = ("separate", "fused", "reversed", "transposed", "strided", "repeated", "mixed")
 NAN, INF = float("nan"), float("inf")
@@ -164,7 +166,7 @@ def code(d: Draw, inputs: list[Tensor]) -> str:
         ]
     )
     with (
-        mock.patch.object(common, "device_of", return_value=DEVICES[d.device]),
+        mock.patch.object(inductor, "device_properties", return_value=DEVICES[d.device]),
         mock.patch.object(plan, "assign_tiles", _rotated(plan.assign_tiles, d.seed)),
         mock.patch.object(plan, "contract_tiles", _rotated(plan.contract_tiles, d.seed)),
         mock.patch.object(model, "is_sorted", return_value=d.is_sorted),

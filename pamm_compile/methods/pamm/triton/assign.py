@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from pamm_compile.methods.pamm import eager, operators
-from pamm_compile.methods.pamm.triton import common, plan
-from pamm_compile.methods.pamm.triton.common import Tile
+from pamm_compile.methods.pamm.triton import plan
+from pamm_compile.methods.triton import template
+from pamm_compile.methods.triton.device import Tile, device_of
 from pamm_compile.private import inductor
 
 
@@ -33,7 +34,7 @@ def _template() -> Any:
     return inductor.TritonTemplate(
         name="pamm_assign",
         grid=inductor.SymbolicGridFn(_grid),
-        source=common.template_source("pamm_assign", ("pamm_dots", "pamm_assign_tile")),
+        source=template.source(__package__, "pamm_assign", ("pamm_dots", "pamm_assign_tile")),
     )
 
 
@@ -85,7 +86,7 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
     """
     call = inductor.fallback_handler(operators.assign, add_to_fallback_set=False)
     dtype, device = x.get_dtype(), x.get_device()
-    if not inductor.is_triton_device(device) or dtype not in common.TRITON_DTYPES:
+    if not inductor.is_triton_device(device) or dtype not in template.TRITON_DTYPES:
         return tuple(call(x, generators, index_dtype))
 
     x, generators = inductor.realized(x), inductor.realized(generators)
@@ -99,7 +100,7 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
     layout = inductor.FixedLayout(device, index_dtype, [b], [1])
 
     several = inductor.is_max_autotune()
-    limits = common.device_of(device)
+    limits = device_of(device)
     ways = plan.assign_tiles(
         inductor.expression_hint(k, 128),
         inductor.expression_hint(n, 1024),
@@ -116,10 +117,10 @@ def lower(x: Any, generators: Any, index_dtype: torch.dtype) -> tuple[Any, Any, 
             mutated_inputs=written,
             num_warps=tile.warps,
             num_stages=tile.stages,
-            **common.constants(
+            **template.constants(
                 EVEN_N=inductor.is_divisible(n, tile.depth),
                 ONE=inductor.is_one([b]),
-                **tile_constants(tile, with_norm, common.float32_precision()),
+                **tile_constants(tile, with_norm, template.float32_precision()),
             ),
             ACC_TYPE="tl.int32",
         )

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from pamm_compile.methods.pamm import eager, operators
-from pamm_compile.methods.pamm.triton import common, model, plan
-from pamm_compile.methods.pamm.triton.common import Device, Tile
+from pamm_compile.methods.pamm.triton import model, plan
+from pamm_compile.methods.triton import template
+from pamm_compile.methods.triton.device import Device, Tile, device_of, power_of_two
 from pamm_compile.private import inductor
 
 # Tiles of generators that every program of the sorted kernel compares by their tokens.
@@ -48,7 +49,7 @@ def tile_constants(
 def ranked(k: Any, columns: int) -> int:
     """How many tiles of generators the sorted kernel ranks by weight; 1 where it does not."""
     tiles = -(-k // columns) if isinstance(k, int) else int(-(-k // columns)) if k.is_number else 0
-    return common.power_of_two(tiles, 1, _MOST_RANKED) if tiles <= _MOST_RANKED else 1
+    return power_of_two(tiles, 1, _MOST_RANKED) if tiles <= _MOST_RANKED else 1
 
 
 def _grid(k: Any, *rest: Any, cdiv: Any) -> tuple[Any, Any, Any]:
@@ -62,7 +63,8 @@ def _template() -> Any:
     return inductor.TritonTemplate(
         name="pamm_contract",
         grid=inductor.SymbolicGridFn(_grid),
-        source=common.template_source(
+        source=template.source(
+            __package__,
             "pamm_contract",
             ("pamm_codes", "pamm_contract_tile", "pamm_heaviest", "pamm_program", "pamm_span"),
         ),
@@ -129,10 +131,10 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
     aten, lowering = torch.ops.aten, inductor.aten_lowering
     device, dtypes = index.get_device(), {scale.get_dtype(), grads[0].get_dtype()}
     call = inductor.fallback_handler(operators.contract, add_to_fallback_set=False)
-    if not inductor.is_triton_device(device) or not dtypes <= common.TRITON_DTYPES:
+    if not inductor.is_triton_device(device) or not dtypes <= template.TRITON_DTYPES:
         return call(index, scale, grads, num_generators)
 
-    k, limits = num_generators, common.device_of(device)
+    k, limits = num_generators, device_of(device)
     b = grads[0].get_size()[0]
     widths = [grad.get_size()[1] for grad in grads]
     k_hint, b_hint = inductor.expression_hint(k, 128), inductor.expression_hint(b, 16384)
@@ -165,13 +167,13 @@ def lower(index: Any, scale: Any, grads: Sequence[Any], num_generators: Any) -> 
             call_sizes=[k, *widths],
             num_warps=tile.warps,
             num_stages=tile.stages,
-            **common.constants(
+            **template.constants(
                 GRADS=len(grads),
                 SPLITS=shares,
                 EVEN_M=all(inductor.is_divisible(m, tile.rows) for m in widths),
                 ONE=inductor.is_one([shares, *size[1:]]),
                 K_TILES=ranked(k, tile.columns) if is_sorted else 1,
-                **tile_constants(tile, product, is_sorted, limits, common.float32_precision()),
+                **tile_constants(tile, product, is_sorted, limits, template.float32_precision()),
             ),
             ACC_TYPE="tl.float32",
         )

@@ -14,8 +14,9 @@ import torch
 
 from pamm_compile import devices
 from pamm_compile.devices import DeviceFigures
-from pamm_compile.methods.pamm.triton import figures, plan
-from pamm_compile.methods.pamm.triton.common import Device, Tile
+from pamm_compile.methods.pamm.triton import plan
+from pamm_compile.methods.triton import figures
+from pamm_compile.methods.triton.device import Device, Tile
 from pamm_compile.size import Size
 
 # What a sort of b tokens launches, and moves for each: key and position, read and written twice,
@@ -86,7 +87,7 @@ def _time(name: str, work: Work, device: DeviceFigures, dtype: torch.dtype) -> K
 
 
 def _instructions(kernel: str, tile: Tile, limits: Device) -> float:
-    compiled = figures.of(kernel, tile, limits)
+    compiled = figures.table(__package__).of(kernel, tile, limits)
     if compiled is not None:
         return compiled.instructions
     return _UNREAD * tile.rows * tile.columns * tile.depth
@@ -94,7 +95,7 @@ def _instructions(kernel: str, tile: Tile, limits: Device) -> float:
 
 def _overlap(kernel: str, tile: Tile, limits: Device, shared: int) -> float:
     """Warps of a scheduler."""
-    return figures.resident(kernel, tile, limits, shared) * tile.warps / 4
+    return figures.table(__package__).resident(kernel, tile, limits, shared) * tile.warps / 4
 
 
 def assign_time(

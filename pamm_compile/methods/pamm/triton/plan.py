@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from pamm_compile.methods.pamm.triton import common, figures
-from pamm_compile.methods.pamm.triton.common import Device, Tile
+from pamm_compile.methods.triton import figures
+from pamm_compile.methods.triton.device import Device, Tile, power_of_two
 
 MOST_ONE_HOT = 256
 """Generators up to which every program reads every token, where no model of the device decides."""
@@ -44,8 +44,8 @@ def assign_tiles(
         At least one: rows are tokens, columns generators, depth features.
     """
     itemsize = dtype.itemsize
-    columns = common.power_of_two(k, 16, _MOST_GENERATORS)
-    depth = common.power_of_two(n, 16, 64 if itemsize == 2 else 32)
+    columns = power_of_two(k, 16, _MOST_GENERATORS)
+    depth = power_of_two(n, 16, 64 if itemsize == 2 else 32)
     if itemsize > 2:
         narrow = min(columns, 64)
         wanted = [Tile(64, narrow, depth, 8, 2), Tile(32, narrow, depth, 4, 2)]
@@ -89,7 +89,7 @@ def contract_tiles(
     """
     itemsize = dtype.itemsize
     if itemsize > 2:
-        columns = common.power_of_two(k, 16, 64)
+        columns = power_of_two(k, 16, 64)
         wanted = [Tile(64, columns, 32, 8, 2), Tile(32, columns, 32, 4, 2)]
     elif is_sorted:
         # Tokens reach the pipeline through ORDER, a load that takes two of its stages.
@@ -114,11 +114,11 @@ def contract_tiles(
                 Tile(64, 64, 64, 4, 4),
             ],
         }.get(
-            common.power_of_two(k, 16, 256),
+            power_of_two(k, 16, 256),
             [
-                Tile(128, common.power_of_two(k, 16, 256), 64, 8, 4),
-                Tile(128, common.power_of_two(k, 16, 256), 64, 4, 3),
-                Tile(64, common.power_of_two(k, 16, 256), 64, 4, 4),
+                Tile(128, power_of_two(k, 16, 256), 64, 8, 4),
+                Tile(128, power_of_two(k, 16, 256), 64, 4, 3),
+                Tile(64, power_of_two(k, 16, 256), 64, 4, 4),
             ],
         )
     smallest = Tile(32, min(wanted[0].columns, 32), 32, 4, 2)
@@ -158,7 +158,7 @@ def splits(
     """
     programs = sum(-(-m // tile.rows) for m in widths) * -(-k // tile.columns)
     shared = tile.stages * tile.rows * tile.depth * itemsize
-    places = device.processors * figures.resident(
+    places = device.processors * figures.table(__package__).resident(
         "sorted" if is_sorted else "contract", tile, device, shared
     )
     affordable = tokens * itemsize // (8 * k * _PARTIAL_SHARE)

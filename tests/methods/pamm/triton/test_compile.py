@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 import triton
-from pamm_testing.triton import two_readers
+from pamm_testing.triton import compiled, pamm_kernels, two_readers
+from pamm_testing.triton.compiled import TARGETS, Compiled
 
-from pamm_compile.methods.pamm.triton import compiled, plan
-from pamm_compile.methods.pamm.triton.common import Device, Tile
-from pamm_compile.methods.pamm.triton.compiled import TARGETS, Compiled
+from pamm_compile.methods.pamm.triton import plan
+from pamm_compile.methods.triton.device import Device, Tile
 
 # Compilers differ in a few instructions from release to release; what is worth a failure does not.
 _SLACK = 1.1
@@ -24,7 +24,7 @@ FIGURES = json.loads(
 FIRST = [
     pytest.param(target, *way, id=f"{way[0]}-{target}-{way[1]}")
     for target in ("sm_80", "sm_90")
-    for way in compiled.chosen(target, first=True)
+    for way in pamm_kernels.chosen(target, first=True)
 ]
 
 
@@ -41,7 +41,7 @@ def test_first_choices_stay_as_they_are(target: str, kernel: str, k: int, tile: 
         for row in FIGURES
         if (row["kernel"], row["target"], row["tile"]) == (kernel, target, list(tile))
     )
-    now = compiled.compile_chosen(kernel, k, tile, target)
+    now = pamm_kernels.compile_chosen(kernel, k, tile, target)
     check(now, target)
     assert now.loop is not None
     assert now.registers <= known["registers"] + 8
@@ -87,7 +87,7 @@ def test_no_choice_spills(target: str) -> None:
     """Read off the table that the tool wrote, which covers every choice that is timed."""
     device = TARGETS[target][1]
     table = {(row["kernel"], tuple(row["tile"])): row for row in FIGURES if row["target"] == target}
-    for kernel, _, tile in compiled.chosen(target, first=False):
+    for kernel, _, tile in pamm_kernels.chosen(target, first=False):
         row = table[kernel, tuple(tile)]
         assert row["spilled"] == 0
         assert row["shared"] <= device.shared_bytes
@@ -96,7 +96,7 @@ def test_no_choice_spills(target: str) -> None:
 @pytest.mark.parametrize("k", [64, 256])
 def test_assignment_with_the_cosine(k: int) -> None:
     tile = plan.assign_tiles(k, 2048, torch.bfloat16, TARGETS["sm_90"][1])[0]
-    kernel = compiled.compile_assign(tile, k, "sm_90", with_norm=True)
+    kernel = pamm_kernels.compile_assign(tile, k, "sm_90", with_norm=True)
     check(kernel, "sm_90")
     assert refilled_too_early(kernel.kernel.asm["ttgir"]) == []
 
@@ -105,9 +105,9 @@ def test_assignment_with_the_cosine(k: int) -> None:
 def test_fp32(target: str, precision: str) -> None:
     device, options = TARGETS[target][1], {"dtype": torch.float32, "precision": precision}
     tile = plan.assign_tiles(512, 2048, torch.float32, device)[0]
-    check(compiled.compile_assign(tile, 512, target, with_norm=True, **options), target)
+    check(pamm_kernels.compile_assign(tile, 512, target, with_norm=True, **options), target)
     tile = plan.contract_tiles(512, torch.float32, device)[0]
-    check(compiled.compile_contract(tile, 512, target, **options), target)
+    check(pamm_kernels.compile_contract(tile, 512, target, **options), target)
 
 
 @pytest.mark.parametrize("target", ["sm_89", "sm_100", "gfx942"])
@@ -117,18 +117,18 @@ def test_other_devices(target: str) -> None:
     if backend != "cuda" and "amd" not in triton.backends.backends:
         pytest.skip("this Triton has no AMD backend")
     tile = plan.assign_tiles(64, 2048, torch.bfloat16, device)[0]
-    check(compiled.compile_assign(tile, 64, target), target)
+    check(pamm_kernels.compile_assign(tile, 64, target), target)
     for k in (64, 256):
         tile = plan.contract_tiles(k, torch.bfloat16, device)[0]
-        check(compiled.compile_contract(tile, k, target), target)
+        check(pamm_kernels.compile_contract(tile, k, target), target)
 
 
 def test_sizes_that_no_tile_divides() -> None:
     device = TARGETS["sm_90"][1]
     tile = plan.assign_tiles(64, 33, torch.bfloat16, device)[0]
-    check(compiled.compile_assign(tile, 64, "sm_90", n=33), "sm_90")
+    check(pamm_kernels.compile_assign(tile, 64, "sm_90", n=33), "sm_90")
     tile = plan.contract_tiles(64, torch.bfloat16, device)[0]
-    check(compiled.compile_contract(tile, 64, "sm_90", m=1000), "sm_90")
+    check(pamm_kernels.compile_contract(tile, 64, "sm_90", m=1000), "sm_90")
 
 
 def refilled_too_early(ttgir: str) -> list[str]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pamm_compile.methods.directions import draw, principal_directions
+from pamm_compile.methods.subspace.directions import draw, principal_directions
 
 seeds = st.integers(0, 2**31 - 1)
 

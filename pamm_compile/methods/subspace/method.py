@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pamm_compile import checks
-from pamm_compile.methods.directions import drawn_directions, principal_directions
+from pamm_compile.methods.subspace.directions import drawn_directions, principal_directions
 from pamm_compile.size import Cost, Size
 
 Bits = Literal[4, 8]

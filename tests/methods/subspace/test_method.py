@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.methods import subspace
 from pamm_compile.methods.base import Method
-from pamm_compile.methods.subspace import TOKENS_A_SCALE, Subspace
+from pamm_compile.methods.subspace.method import TOKENS_A_SCALE, Subspace
 from pamm_compile.private import aot
 from pamm_compile.size import Size
 

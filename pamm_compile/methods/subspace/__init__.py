@@ -1,0 +1,1 @@
+"""Subspace: principal directions of an input (directions), and it along them (method)."""

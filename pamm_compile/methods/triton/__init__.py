@@ -1,0 +1,1 @@
+"""What the Triton kernels of several methods share: devices and tiles, templates, figures."""
