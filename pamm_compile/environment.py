@@ -11,7 +11,7 @@ from pamm_compile.checks import unknown_option
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.graph.pipeline import DISABLE
 from pamm_compile.options import Options
-from pamm_compile.rules import NAMED_TARGETS
+from pamm_compile.targets import TARGETS
 
 PREFIX = "PAMM_COMPILE_"
 
@@ -68,14 +68,14 @@ def _flag(text: str) -> bool | str:
 
 def _targets(text: str) -> re.Pattern[str] | str:
     # An empty expression matches every name, which nobody means by an empty variable.
-    if text in (*NAMED_TARGETS, ""):
+    if text in (*TARGETS, ""):
         return text
     try:
         return re.compile(text)
     except re.error as error:
         raise InvalidOptionError(
             f"targets={text!r} is no regular expression: {error}. targets must be "
-            f"{' or '.join(map(repr, NAMED_TARGETS))} or a regular expression that parameter "
+            f"{' or '.join(map(repr, TARGETS))} or a regular expression that parameter "
             "names are searched for."
         ) from None
 

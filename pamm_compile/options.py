@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -11,11 +10,10 @@ from pamm_compile import checks
 from pamm_compile.checks import unknown_option
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.methods.pamm.method import Pamm
-from pamm_compile.rules import Named, Rule, Rules, check_target, make_rules
+from pamm_compile.rules import Rule, Rules, check_target, make_rules
 
 Base = Literal["inductor", "aot_eager"]
 Goal = Literal["memory", "speed", "any"]
-Targets = Named | re.Pattern[str]
 
 _SEED_LIMIT = 2**31
 

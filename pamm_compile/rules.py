@@ -12,15 +12,12 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from pamm_compile import checks
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.methods import METHODS, fingerprint
 from pamm_compile.methods.base import Method
-
-Named = Literal["qkv", "attention", "mlp", "head", "linear"]
-NAMED_TARGETS: tuple[str, ...] = get_args(Named)
+from pamm_compile.targets import TARGETS
 
 Target = str | re.Pattern[str]
 Rules = tuple["Rule", ...]
@@ -58,7 +55,7 @@ def make_rules(given: object) -> Rules:
     """Read rules from a mapping, from text, or from rules that are read already.
 
     Args:
-        given: {target: method}, where a target is one of `NAMED_TARGETS` or a compiled regular
+        given: {target: method}, where a target is a name in `targets.TARGETS` or a compiled regular
             expression over parameter names, and a method has the protocol of
             `pamm_compile.methods.base.Method`, or is None for exact; or the same as text.
 
@@ -87,7 +84,7 @@ def check_target(target: object) -> Target:
             raise checks.refusal("targets", target, "a pattern of text", "Parameter names are str.")
         return target
     more = "or a compiled regular expression over parameter names"
-    checks.choice("targets", target, NAMED_TARGETS, more)
+    checks.choice("targets", target, tuple(TARGETS), more)
     return str(target)
 
 
@@ -106,8 +103,8 @@ def parse_rules(text: str) -> Rules:
     """Read rules from text: "TARGET=METHOD[:VALUE][:NAME=VALUE]…", separated by commas.
 
     Args:
-        text: a target is one of `NAMED_TARGETS`, or a regular expression between slashes; a method
-            is a name in `pamm_compile.methods.METHODS`, or "exact".
+        text: a target is a name in `targets.TARGETS`, or a regular expression between slashes; a
+            method is a name in `pamm_compile.methods.METHODS`, or "exact".
 
     Returns:
         The rules in order.

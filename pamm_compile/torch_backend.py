@@ -18,10 +18,11 @@ from pamm_compile.graph.pipeline import GraphPass
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import Sampling
 from pamm_compile.names import names_of
-from pamm_compile.options import ONE_RULE, Base, Goal, Options, Targets
+from pamm_compile.options import ONE_RULE, Base, Goal, Options
 from pamm_compile.private import inductor
 from pamm_compile.recorded import RecordedReport
 from pamm_compile.report import GraphReport, Report, State
+from pamm_compile.rules import Target
 
 log = logging.getLogger("pamm_compile")
 
@@ -95,7 +96,7 @@ def backend(
     epsilon: float | None = None,
     sampling: Sampling = "stratified",
     min_generators: int = 1,
-    targets: Targets = "qkv",
+    targets: Target = "qkv",
     goal: Goal = "memory",
     siblings: bool = False,
     min_tokens: int = 256,
@@ -130,9 +131,9 @@ def backend(
         sampling: "stratified" draws one generator in each of k equal intervals of tokens;
             "uniform" draws k of all, as the paper does.
         min_generators: lower bound of k; k, not the ratio alone, decides quality.
-        targets: "qkv", the projections that feed attention; "attention", these and the output
-            projection; "mlp"; "head"; "linear", every matmul of an activation with a parameter; a
-            compiled regular expression, those of them whose parameter names it matches.
+        targets: a name in `pamm_compile.targets.TARGETS`, such as "qkv", the projections that feed
+            attention, or "linear", every matmul of an activation with a parameter; or a compiled
+            regular expression, those of them whose parameter names it matches.
         goal: "memory" compresses an input only if it is then not saved; "speed" whenever weight
             gradients take less time, by a model of it; "any" is "memory" without weighing bytes,
             for tests and studies.

@@ -30,7 +30,7 @@ ROOMS = (
     ("methods.pamm", "methods.subspace", "methods.quantized"),
     ("methods.base", "methods.codes", "methods.draws", "methods.triton"),
     ("methods.sampling",),
-    ("names", "devices"),
+    ("names", "devices", "targets"),
     ("graph",),
     ("report", "checks", "size"),
     ("private",),

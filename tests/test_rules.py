@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import pamm_compile
 from pamm_compile import InvalidOptionError, Pamm
-from pamm_compile.rules import NAMED_TARGETS, Rule, make_rules, parse_rules
+from pamm_compile.rules import Rule, make_rules, parse_rules
+from pamm_compile.targets import TARGETS
 
 
 @pytest.mark.parametrize(
@@ -87,7 +88,7 @@ def _compiles(text: str) -> bool:
 @given(
     st.lists(
         st.tuples(
-            st.one_of(st.sampled_from(NAMED_TARGETS), _PATTERNS.filter(_compiles).map(re.compile)),
+            st.one_of(st.sampled_from(list(TARGETS)), _PATTERNS.filter(_compiles).map(re.compile)),
             st.one_of(st.none(), st.integers(1, 4096).map(Pamm)),
         ),
         min_size=1,

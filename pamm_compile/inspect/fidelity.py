@@ -22,8 +22,9 @@ from pamm_compile.inspect.observe import Observation, ObserveSites
 from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import content_seed
-from pamm_compile.rules import NAMED_TARGETS, Rule, make_rules
+from pamm_compile.rules import Rule, make_rules
 from pamm_compile.size import exact_cost
+from pamm_compile.targets import TARGETS
 
 _LOSS_HINT = "pass loss=lambda output: … that makes a scalar of what the model returns."
 
@@ -80,7 +81,7 @@ class Fidelity:
     def targets(self) -> tuple[str, ...]:
         """Named targets found, in the order in which rules have to name them."""
         found = {row.target for row in self.sites}
-        return tuple(target for target in NAMED_TARGETS if target in found)
+        return tuple(target for target in TARGETS if target in found)
 
     def by_target(self) -> dict[tuple[str, str], list[SiteFidelity]]:
         """Return the rows of every (target, method)."""
@@ -235,7 +236,7 @@ def _compare(observation: Observation, method: Method, draws: int) -> SiteFideli
     noise = max(0.0, error - of_mean) * draws / (draws - 1) if draws > 1 else math.nan
     return SiteFidelity(
         parameters=observation.parameters,
-        target=next((t for t in NAMED_TARGETS if t in observation.targets), "linear"),
+        target=observation.target,
         method=str(method),
         described=method.describe(size),
         shape=(size.tokens, size.features),

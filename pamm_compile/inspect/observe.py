@@ -16,6 +16,7 @@ from pamm_compile.rules import Rules
 from pamm_compile.sites.choose import Candidate, choose
 from pamm_compile.sites.projections import WeightGradient
 from pamm_compile.size import Size
+from pamm_compile.targets import narrowest
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Observation:
     place: int
     """Of the site in its graph."""
     parameters: tuple[str, ...]
-    targets: frozenset[str]
-    """Named targets that hold all its projections."""
+    target: str
+    """The first named target that holds all its projections."""
     method: Method
     """That the rules choose."""
     size: Size
@@ -40,7 +41,7 @@ class Observation:
 class _Site:
     place: int
     candidate: Candidate
-    targets: frozenset[str]
+    target: str
     x: Tensor | None = None
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
@@ -50,7 +51,7 @@ class _Site:
         return Observation(
             self.place,
             tuple(dict.fromkeys(w.name for w in weights if w.gradient is not None)),
-            self.targets,
+            self.target,
             self.candidate.method,
             self.candidate.size,
             self.x,
@@ -90,8 +91,8 @@ class ObserveSites:
             gradients = candidate.site.gradients
             if not gradients or not apply:
                 continue
-            targets = frozenset.intersection(*(g.projection.targets for g in gradients))
-            site = _Site(self.sites, candidate, targets)
+            uses = frozenset.intersection(*(g.projection.uses for g in gradients))
+            site = _Site(self.sites, candidate, narrowest(uses))
             self.sites += 1
             for number, gradient in enumerate(gradients):
                 gradient.node.target = self._looking(site, number, gradient)

@@ -24,6 +24,7 @@ from pamm_compile.graph.operands import Factors
 from pamm_compile.graph.vocabulary import Extra, is_matmul, matmul_extra
 from pamm_compile.private import aot
 from pamm_compile.sites.reasons import Reason
+from pamm_compile.targets import Use
 
 
 @dataclass(eq=False)
@@ -34,8 +35,8 @@ class Projection:
     input: Node
     """The factor that is an activation, as the matmul reads it."""
     parameters: tuple[Parameter, ...]
-    targets: frozenset[str] = frozenset()
-    """The named targets it belongs to: of "qkv", "attention", "mlp", "head", "linear"."""
+    uses: frozenset[Use] = frozenset()
+    """What it is for, as far as the graph tells."""
     reason: Reason | None = None
     """Why it stays exact whatever is wanted; None if nothing speaks against it."""
     detail: str = ""

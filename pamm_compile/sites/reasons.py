@@ -1,4 +1,4 @@
-"""Why something stays exact."""
+"""Why something stays exact: one table of reasons, sentences and the rooms that give them."""
 
 from __future__ import annotations
 
@@ -7,31 +7,101 @@ from dataclasses import dataclass
 
 
 class Reason(enum.Enum):
-    """Why projections stay exact. `str()` of one is the sentence that a report prints."""
+    """Why projections stay exact: a sentence, and the rooms that give the reason.
 
-    NO_ATTENTION = "the graph has no attention that we recognise"
-    NO_WEIGHT_GRAD = "the weight has no gradient (frozen)"
-    SHARED_INPUT = "the backward pass reads the input for something else too"
-    RECOMPUTED = "the input is recomputed in the backward pass (activation checkpointing)"
-    TOO_FEW_TOKENS = "fewer tokens than min_tokens"
-    NOT_A_PROJECTION = "attention reads something that is not a matmul with a parameter"
-    PROJECTION_IN_ANOTHER_GRAPH = "the projection is in another graph (graph break)"
-    NARROW_INPUT = "the input is a low-rank factor, itself the output of a narrow projection"
-    EXACT_BY_RULE = "a rule leaves it exact"
-    NO_SAVING = "what is stored would take as many bytes as the input"
-    UNPROFITABLE = "making the weight gradient from what is stored would take longer than exactly"
-    UNKNOWN_TOKENS = "the number of tokens is not known before the graph runs"
-    NESTED_REGION = "the weight is used in a region that is compiled on its own"
-    OWN_GRADIENTS = "the graph computes gradients itself, and is left alone"
-    AMBIGUOUS_NAME = "one graph runs for all modules of a class, which no pattern tells apart"
-    UNSUPPORTED_LAYOUT = "the weight gradient is not a plain matmul over all tokens"
-    NOT_OVER_TOKENS = "the weight mixes heads or tokens of a projection's output"
-    LEARNED_INPUT = "the input is computed from parameters alone"
-    COMPUTED_WEIGHT = "the weight is computed from activations, whose gradients would change too"
-    UNCLEAR_TARGET = "the graph does not tell which target the projection belongs to"
+    `str()` of one is the sentence. What to do about each is in docs/limitations.md.
+    """
+
+    NO_ATTENTION = (
+        "the graph has no attention that we recognise",
+        "sites/roles",
+    )
+    NO_WEIGHT_GRAD = (
+        "the weight has no gradient (frozen)",
+        "sites/decide",
+        "sites/roles",
+    )
+    SHARED_INPUT = (
+        "the backward pass reads the input for something else too",
+        "sites/decide",
+    )
+    RECOMPUTED = (
+        "the input is recomputed in the backward pass (activation checkpointing)",
+        "sites/decide",
+    )
+    TOO_FEW_TOKENS = (
+        "fewer tokens than min_tokens",
+        "sites/decide",
+    )
+    NOT_A_PROJECTION = (
+        "attention reads something that is not a matmul with a parameter",
+        "sites/roles",
+        "sites/targets",
+    )
+    PROJECTION_IN_ANOTHER_GRAPH = (
+        "the projection is in another graph (graph break)",
+        "sites/roles",
+    )
+    NARROW_INPUT = (
+        "the input is a low-rank factor, itself the output of a narrow projection",
+        "sites/roles",
+    )
+    EXACT_BY_RULE = (
+        "a rule leaves it exact",
+        "sites/choose",
+    )
+    NO_SAVING = (
+        "what is stored would take as many bytes as the input",
+        "sites/decide",
+    )
+    UNPROFITABLE = (
+        "making the weight gradient from what is stored would take longer than exactly",
+        "sites/decide",
+    )
+    UNKNOWN_TOKENS = (
+        "the number of tokens is not known before the graph runs",
+        "sites/decide",
+    )
+    NESTED_REGION = (
+        "the weight is used in a region that is compiled on its own",
+        "sites/nested",
+    )
+    OWN_GRADIENTS = (
+        "the graph computes gradients itself, and is left alone",
+        "driver",
+    )
+    AMBIGUOUS_NAME = (
+        "one graph runs for all modules of a class, which no pattern tells apart",
+        "sites/compress",
+    )
+    UNSUPPORTED_LAYOUT = (
+        "the weight gradient is not a plain matmul over all tokens",
+        "sites/decide",
+        "sites/roles",
+    )
+    NOT_OVER_TOKENS = (
+        "the weight mixes heads or tokens of a projection's output",
+        "sites/roles",
+    )
+    LEARNED_INPUT = (
+        "the input is computed from parameters alone",
+        "sites/roles",
+    )
+    COMPUTED_WEIGHT = (
+        "the weight is computed from activations, whose gradients would change too",
+        "sites/roles",
+    )
+    UNCLEAR_TARGET = (
+        "the graph does not tell which target the projection belongs to",
+        "sites/choose",
+    )
+
+    def __init__(self, sentence: str, *rooms: str) -> None:
+        self.sentence = sentence
+        self.rooms = rooms
 
     def __str__(self) -> str:
-        return self.value
+        return self.sentence
 
 
 @dataclass(frozen=True)

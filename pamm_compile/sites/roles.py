@@ -1,10 +1,11 @@
 """What every projection of a joint graph is for, read off the flow of activations.
 
-    qkv          feeds attention, through anything but another product
-    attention    these, and what reads the output of attention (a gate beside it too)
-    mlp          writes to the residual stream, by itself or through other projections
-    head         leaves the graph, behind a residual stream
-    linear       every projection
+    FEEDS_ATTENTION    through anything but another product
+    READS_ATTENTION    or is a gate beside the output of attention
+    WRITES_STREAM      to the residual stream, by itself or through other projections
+    MAKES_OUTPUT       leaves the graph, behind a residual stream
+
+`targets.TARGETS` gives them names.
 
 A projection between attention and the one that reads the residual stream is no input of tokens: a
 low-rank factor (LoRA's B), or a weight that mixes heads or tokens. It stays exact, and the one
@@ -26,6 +27,7 @@ from pamm_compile.sites.anchors import Anchors
 from pamm_compile.sites.flow import Flow
 from pamm_compile.sites.projections import Projection, Sizes, group, sizes_of
 from pamm_compile.sites.reasons import Decline, Reason
+from pamm_compile.targets import Use
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,12 @@ class Unmatched:
     """Trained weights that an operator multiplies by which is not read as a matmul."""
 
     parameters: tuple[Parameter, ...]
-    targets: frozenset[str]
+    uses: frozenset[Use]
     decline: Decline
 
 
 class Roles:
-    """The projections of a joint graph, with the named targets that each belongs to.
+    """The projections of a joint graph, with what each is for.
 
     Args:
         joint: the graph to read.
@@ -67,7 +69,7 @@ class Roles:
         self._qkv: set[Node] = set()
         self._search_attention()
         for node in self._found:
-            self._set_targets(node)
+            self._set_uses(node)
         self._find_unmatched()
         self.projections = [self._found[node] for node in sorted(self._found)]
         self._decline_what_has_no_gradient()
@@ -172,7 +174,7 @@ class Roles:
         if decline not in self.notes:
             self.notes.append(decline)
 
-    # Targets ---------------------------------------------------------------------------------
+    # Uses ------------------------------------------------------------------------------------
 
     def _destinations(self) -> dict[Node, frozenset[str]]:
         """Return where the output of every stop goes, on through further projections."""
@@ -212,37 +214,37 @@ class Roles:
         users = self.flow.successors.get(mixer, set())
         return bool((behind | users) & self.flow.mixers)
 
-    def _set_targets(self, node: Node) -> None:
+    def _set_uses(self, node: Node) -> None:
         projection = self._found[node]
-        targets, unclear = self._targets_of(node, projection.input)
-        projection.targets = frozenset(targets)
+        projection.uses, unclear = self._uses_of(node, projection.input)
         if projection.is_trained:
             projection.unclear = unclear
 
-    def _targets_of(self, node: Node, *inputs: Node) -> tuple[set[str], str | None]:
-        """Return the named targets of a product, and if none why the graph does not tell."""
+    def _uses_of(self, node: Node, *inputs: Node) -> tuple[frozenset[Use], str | None]:
+        """Return what a product is for, and if nothing why the graph does not tell."""
         if node in self._qkv:
-            return {"qkv", "attention", "linear"}, None
-        targets, flow = {"linear"}, self.flow
+            return frozenset({Use.FEEDS_ATTENTION}), None
+        nothing: frozenset[Use] = frozenset()
+        flow = self.flow
         leads_to = self._leads_to.get(node, frozenset())
         if self._reads_attention(node, inputs) or self._gates(node):
-            return targets | {"attention"}, None
+            return frozenset({Use.READS_ATTENTION}), None
         if node in flow.starts:
-            return targets, None
+            return nothing, None
         others = leads_to - {"output", "returned", "stream", "attention"}
         if others:
-            return targets, f"feeds {', '.join(sorted(others))}"
+            return nothing, f"feeds {', '.join(sorted(others))}"
         if "attention" in leads_to:
-            return targets, None
+            return nothing, None
         if "stream" in leads_to:
-            return targets | {"mlp"}, None
+            return frozenset({Use.WRITES_STREAM}), None
         if "output" not in leads_to:
-            return targets, None
+            return nothing, None
         # Queries of attention in another graph leave this one as the logits do.
         away = "its output leaves the graph" if "returned" in leads_to else None
         if any(self._has_stream(value) for value in inputs):
-            return targets | {"head"}, None if flow.anchors.operands else away
-        return targets, away
+            return frozenset({Use.MAKES_OUTPUT}), None if flow.anchors.operands else away
+        return nothing, away
 
     def _has_stream(self, value: Node) -> bool:
         return any(stop in self._streams for stop in self.flow.behind(value))
@@ -298,12 +300,12 @@ class Roles:
             )
             if not parameters:
                 continue
-            targets, unclear = self._targets_of(node, *self.flow.inputs(node))
+            uses, unclear = self._uses_of(node, *self.flow.inputs(node))
             names = ", ".join(dict.fromkeys(p.name for p in parameters))
             if unclear is not None:
-                targets |= {"qkv", "attention", "mlp", "head"}
+                uses = frozenset(Use)
             decline = Decline(Reason.NOT_A_PROJECTION, names, op_name(node))
-            self.unmatched.append(Unmatched(parameters, frozenset(targets), decline))
+            self.unmatched.append(Unmatched(parameters, uses, decline))
 
     def _decline_what_has_no_gradient(self) -> None:
         """Give a reason to every trained projection whose weight gradient was not found."""

@@ -20,6 +20,7 @@ from pamm_compile.rules import Target
 from pamm_compile.sites.projections import Projection
 from pamm_compile.sites.reasons import Decline, Reason
 from pamm_compile.sites.roles import Roles, Unmatched
+from pamm_compile.targets import TARGETS, Use
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Match:
     def declines_of(self, target: Target) -> list[Decline]:
         """Return what a target holds that is no projection, and what is to be said of it."""
         found = [each.decline for each in self.unmatched if holds(target, each)]
-        if target in ("qkv", "attention"):
+        if _is_of_attention(target):
             found = [*self.notes, *found]
         if not found and not any(holds(target, each) for each in self.projections):
             found = [Decline(Reason.NOT_A_PROJECTION, "targets", "no matmul matches")]
@@ -61,12 +62,16 @@ def holds(target: Target, found: Projection | Unmatched) -> bool:
     """Tell whether a target holds a projection.
 
     Args:
-        target: a named target: "qkv" for the projections that feed attention, "attention" for
-            these and the output projection, "mlp" for feed-forward layers and the experts of a
-            mixture, "head" for what makes the output, "linear" for every matmul of an activation
-            with a parameter; or a regular expression for those whose parameter names it matches.
+        target: a name in `targets.TARGETS`, or a regular expression for those whose parameter
+            names it matches.
         found: what was found in a graph.
     """
     if isinstance(target, re.Pattern):
         return any(target.search(parameter.name) for parameter in found.parameters)
-    return target in found.targets
+    return TARGETS[target].has(found.uses)
+
+
+def _is_of_attention(target: Target) -> bool:
+    """Tell whether a target holds what feeds attention, and not whatever there is."""
+    uses = TARGETS[target].uses if isinstance(target, str) else None
+    return uses is not None and Use.FEEDS_ATTENTION in uses

@@ -11,6 +11,7 @@ from pamm_testing.programs import CHECKOUT
 
 import pamm_compile
 from examples.benchmarks import results
+from pamm_compile.targets import TARGETS
 
 PAGES = results.pages()
 
@@ -56,6 +57,12 @@ def test_rooms_exist(page: Path) -> None:
 def test_every_reason_is_explained() -> None:
     page = (CHECKOUT / "docs" / "limitations.md").read_text()
     assert [reason.name for reason in pamm_compile.Reason if f"`{reason.name}`" not in page] == []
+
+
+def test_the_table_of_targets_is_that_of_the_code() -> None:
+    page = (CHECKOUT / "docs" / "start.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page.split("| target | holds |")[1], re.M)
+    assert rows[: len(TARGETS)] == [(name, target.holds) for name, target in TARGETS.items()]
 
 
 def test_the_first_snippet_runs_as_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,7 +293,16 @@ def test_strict_is_content_with_one_site() -> None:
 
 def test_every_reason_is_readable_and_public() -> None:
     assert pamm_compile.Reason is Reason
-    assert all(reason.value for reason in Reason)
+    assert all(reason.sentence for reason in Reason)
+
+
+def test_the_table_of_reasons_says_which_room_gives_each() -> None:
+    package = Path(pamm_compile.__file__).parent
+    texts = {p.relative_to(package).with_suffix(""): p.read_text() for p in package.rglob("*.py")}
+    for reason in Reason:
+        named = re.compile(rf"Reason\.{reason.name}\b")
+        given = {str(path) for path, text in texts.items() if named.search(text)}
+        assert given == set(reason.rooms), reason.name
 
 
 def test_the_pass_does_not_mutate_a_declined_graph() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from unittest import mock
 
 import pytest
 import torch
@@ -12,11 +13,12 @@ from pamm_testing.forms import Attention, _sdpa
 from pamm_testing.graphs import look
 from pamm_testing.zoo import BATCH, LENGTH, WIDTH
 from torch import Tensor, nn
-from torch.fx import Node
 from torch.nn import functional as F
 
-from pamm_compile import rules
-from pamm_compile.sites.roles import Roles
+from pamm_compile import InvalidOptionError, Pamm, fidelity
+from pamm_compile.environment import options_from_environment
+from pamm_compile.rules import parse_rules
+from pamm_compile.targets import TARGETS, Target, Use
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str]) -> set[str]:
@@ -51,7 +53,8 @@ def test_targets_of_architectures(case: Architecture) -> None:
         w.name: target
         for each in found.match.unmatched
         for w in each.parameters
-        for target in each.targets - {"linear"}
+        for target in TARGETS
+        if target != "linear" and TARGETS[target].has(each.uses)
     } == unread
     assert not any(p.unclear for p in found.match.projections)
 
@@ -116,20 +119,23 @@ def test_gates_belong_to_attention_and_experts_to_the_mlp() -> None:
     assert found.held("linear") - found.held("mlp") - found.held("attention") == {"router.weight"}
 
 
-def test_a_named_target_is_a_role_and_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What docs/extending.md says of adding one: roles.py and rules.py, and nothing else."""
-    targets_of = Roles._targets_of
+def test_a_named_target_is_an_entry_of_one_table() -> None:
+    """What docs/extending.md says of adding one: targets.py, and nothing else."""
+    behind = Target("what reads the output of attention", frozenset({Use.READS_ATTENTION}))
+    # In front: reports name the first target that holds a projection.
+    with mock.patch.dict(TARGETS, {"behind": behind, **TARGETS}, clear=True):
+        _check_behind()
 
-    def with_rest(self: Roles, node: Node, *inputs: Node) -> tuple[set[str], str | None]:
-        targets, unclear = targets_of(self, node, *inputs)
-        return (targets | {"rest"} if targets == {"linear"} else targets), unclear
 
-    monkeypatch.setattr(Roles, "_targets_of", with_rest)
-    monkeypatch.setattr(rules, "NAMED_TARGETS", (*rules.NAMED_TARGETS, "rest"))
-    found = look(_Gated(), {"x": torch.randn(BATCH, LENGTH, WIDTH)}, "rest=pamm:4")
-    assert found.held("rest") == {"router.weight"}
-    # The experts read the same input.
-    assert found.reasons == {"router.weight": "SHARED_INPUT"}
+def _check_behind() -> None:
+    model, inputs = _Gated(), {"x": torch.randn(BATCH, LENGTH, WIDTH)}
+    found = look(model, inputs, "behind=pamm:4, /router/=exact")
+    assert found.held("behind") == {"o.weight", "g.weight"}
+    assert options_from_environment({"PAMM_COMPILE_TARGETS": "behind"}) == {"targets": "behind"}
+    with pytest.raises(InvalidOptionError, match="Did you mean 'behind'"):
+        parse_rules("behnd=pamm:4")
+    rows = fidelity(model, **inputs, methods=[Pamm(4)], draws=1).sites
+    assert {n for row in rows if row.target == "behind" for n in row.parameters} == {"o.weight"}
 
 
 def test_a_stack_of_layers_without_a_stream_has_no_clear_target() -> None:
