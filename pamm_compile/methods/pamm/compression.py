@@ -7,6 +7,7 @@ opaque; everything else here fuses into its neighbours.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -28,11 +29,11 @@ class Compressed(NamedTuple):
     """What is saved for the backward pass in place of an input X of shape [b, n]."""
 
     generators: Tensor
-    """C, [k, n], dtype of X."""
+    """C, [k, n], dtype of X; in float16 its rows are multiplied by powers of two."""
     index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     """f, [b], the generator of every token."""
     scale: Tensor
-    """α with the gate ε and the correction β folded in, [b], dtype of X."""
+    """α with the gate ε and the correction β folded in, in float16 into C; [b], dtype of X."""
 
 
 def _bounded(above: int, below: int) -> tuple[int, int]:
@@ -106,6 +107,8 @@ def compress(
     k = num_generators(tokens, ratio, min_generators)
     rows = sample_rows(tokens, k, seed, sampling)
     generators = x[rows]
+    if x.dtype == torch.float16:
+        generators = _of_size_one(generators)
     index, scale, cosine = operators.assign(x, generators, operators.index_dtype(k))
     # cosine² ≥ 1 − ε² holds for every row once ε ≥ 1.
     if epsilon is None or epsilon >= 1:
@@ -116,7 +119,24 @@ def compress(
     dropped = far & ~is_generator
     # In the dtype of the cosine, so that float64 stays float64. Never 0: generators are kept.
     beta = tokens / (tokens - dropped.sum()).to(cosine.dtype)
+    if x.dtype == torch.float16:
+        # α is as large as entries of X, and leaves no room for β; C does.
+        generators, beta = (generators * beta).to(x.dtype), torch.ones_like(beta)
     return Compressed(generators, index, torch.where(dropped, 0.0, scale * beta).to(scale.dtype))
+
+
+def _of_size_one(generators: Tensor) -> Tensor:
+    """Return rows multiplied by powers of two, so that the mean of their squares is in [1, 4).
+
+    α is then no larger than the largest entry of its token, and B̃ no larger than what it is
+    multiplied to: in float16 both could else overflow where the exact gradient does not. Zero rows
+    and those that are not finite stay as they are.
+    """
+    wide = generators.float()
+    size = wide.square().mean(dim=1, keepdim=True).sqrt()
+    usable = (size > 0) & (size < math.inf)
+    power = torch.where(usable, size, 1.0).log2().floor()
+    return (wide * torch.exp2(-power)).to(generators.dtype)
 
 
 def weight_gradients(

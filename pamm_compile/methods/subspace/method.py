@@ -150,12 +150,12 @@ class Subspace:
         else:
             basis = principal_directions(x, r, seed, rows=self.rows, iterations=self.iterations)
         if self.bits is None:
-            decoded = basis.to(x.dtype)
+            decoded = basis.to(_product_dtype(x.dtype))
         else:
-            codes, scales, decoded = _encode_basis(basis, x.dtype)
-        coefficients = x @ decoded.T
+            codes, scales, decoded = _encode_basis(basis, _product_dtype(x.dtype))
+        coefficients = x.to(decoded.dtype) @ decoded.T
         if weights is not None:
-            coefficients = coefficients * weights.to(x.dtype)
+            coefficients = coefficients * weights.to(coefficients.dtype)
         if self.bits is None:
             return coefficients, decoded
         return (*_encode(coefficients, self.bits, seed), codes, scales)
@@ -164,13 +164,15 @@ class Subspace:
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
         """Return dW of every projection; what decodes is made once for all of them."""
-        dtype = grads[0].dtype
+        projected = len(stored) == (2 if self.bits is None else 5)
+        dtype = _product_dtype(grads[0].dtype) if projected else grads[0].dtype
+        grads = [grad.to(dtype) for grad in grads]
         if self.bits is None:
             coefficients = stored[0].to(dtype)
-            basis = stored[1].to(dtype) if len(stored) == 2 else None
+            basis = stored[1].to(dtype) if projected else None
         else:
             coefficients = _decode(_Codes(*stored[:3]), self.bits, dtype)
-            basis = _decode_basis(stored[3], stored[4], dtype) if len(stored) == 5 else None
+            basis = _decode_basis(stored[3], stored[4], dtype) if projected else None
         if basis is None:
             return [
                 coefficients.T @ grad if flip else grad.T @ coefficients
@@ -241,6 +243,15 @@ class Subspace:
         """Return r and the bits."""
         r = self.directions(size.features, size.outputs)
         return f"r = {r}" + ("" if self.bits is None else f", {self.bits} bits")
+
+
+def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what products with directions are made in.
+
+    A coefficient is as large as its token is long: in float16 it, and its product with dZ, could
+    overflow where the exact gradient does not.
+    """
+    return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def _encode_basis(basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

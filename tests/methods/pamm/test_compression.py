@@ -97,7 +97,10 @@ def test_epsilon_0_keeps_every_generator_whatever_its_rounding(dtype: torch.dtyp
     rows = sample_rows(512, 64, seed, "stratified")
     kept = compressed.scale.nonzero()[:, 0]
     assert torch.equal(kept, rows)
-    assert compressed.scale[rows].tolist() == pytest.approx([8.0] * 64, rel=1e-6)
+    index, scale = compressed.index[rows].long(), compressed.scale[rows]
+    meant = scale[:, None].double() * compressed.generators[index].double()
+    # Of float16, β is rounded into C.
+    torch.testing.assert_close(meant, 8 * x[rows].double(), rtol=2e-3, atol=1e-3)
 
 
 @given(seeds, st.sampled_from([1.0, 1.5, math.inf]), samplings)
@@ -322,7 +325,8 @@ def test_what_is_saved(dtype: torch.dtype, epsilon: float | None) -> None:
         assert (saved.index.shape, saved.index.dtype) == ((600,), index)
         assert (saved.scale.shape, saved.scale.dtype) == ((600,), dtype)
         rows = sample_rows(600, 600 // ratio, torch.tensor(0), "stratified")
-        assert torch.equal(saved.generators, x[rows])
+        # Rows of float16 are multiplied by powers of two: tests/methods/test_range.py.
+        assert dtype == torch.float16 or torch.equal(saved.generators, x[rows])
 
 
 @given(seeds, st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1, max_size=4))
