@@ -335,6 +335,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         f"decoding-{table}": functools.partial(_decoding, write, file)
         for table, write, file in (
             ("budgets", published.budgets, "budgets"),
+            ("bytes", published.equal_bytes, "bytes"),
+            ("models", published.models, "models"),
             ("times", published.times, "times"),
             ("ranks", published.ranks, "ranks"),
             ("thin", published.thin, "ranks"),

@@ -1,9 +1,14 @@
 """Attention that needs less memory when a trained model generates: factored keys and caches."""
 
-from pamm_compile.decoding.attention import attach, cache_bytes
+from pamm_compile.decoding.attach import attach
+from pamm_compile.decoding.attention import cache_bytes
 from pamm_compile.decoding.clusters import ClusterCache
-from pamm_compile.decoding.eviction import HeavyHitterCache, NormCache, WindowCache
-from pamm_compile.decoding.evolve import Evolution, Generation, evolve
+from pamm_compile.decoding.eviction import (
+    HeavyHitterCache,
+    KeyDiffCache,
+    NormCache,
+    WindowCache,
+)
 from pamm_compile.decoding.factor import (
     factor_keys,
     load_thin,
@@ -17,15 +22,13 @@ __all__ = [
     "ClusterCache",
     "EvictionCache",
     "EvictionPolicy",
-    "Evolution",
-    "Generation",
     "HeavyHitterCache",
+    "KeyDiffCache",
     "NormCache",
     "PageCache",
     "WindowCache",
     "attach",
     "cache_bytes",
-    "evolve",
     "factor_keys",
     "load_thin",
     "thin_keys",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from pamm_compile.decoding.attention import check_count
-from pamm_compile.decoding.kmeans import cosine_kmeans
-from pamm_compile.decoding.recall import RecallLayer
-from pamm_compile.decoding.store import ChoosingCache
+from pamm_compile.decoding.store import ChoosingCache, RecallLayer
 from pamm_compile.errors import InvalidOptionError
+from pamm_compile.methods.pamm import assign, contract, index_dtype
 
 
 class ClusterCache(ChoosingCache):
@@ -43,9 +43,6 @@ class ClusterCache(ChoosingCache):
     Attributes:
         hit_rate: share of the recalled tokens that were on the device already (`offload` only).
 
-    Raises:
-        InvalidOptionError: a value is not allowed.
-
     Source: arXiv 2412.03213; its defaults (16 sinks, 80 tokens a cluster, 320 new tokens, two whole
     layers).
     """
@@ -62,17 +59,12 @@ class ClusterCache(ChoosingCache):
         whole_layers: int = 2,
         offload: bool = False,
     ) -> None:
-        check_count("sinks", sinks, 0)
-        check_count("budget", budget, sinks + 1)
-        check_count("tokens_per_cluster", tokens_per_cluster, 1)
-        check_count("interval", interval, 1)
-        check_count("iterations", iterations, 0)
-        check_count("sample", sample, 1)
-        check_count("whole_layers", whole_layers, 0)
-        layer = partial(
-            ClusterLayer, budget, sinks, tokens_per_cluster, interval, iterations, sample, offload
-        )
-        super().__init__(layer, whole_layers)
+        check_count(0, sinks=sinks, iterations=iterations, whole_layers=whole_layers)
+        check_count(sinks + 1, budget=budget)
+        check_count(1, tokens_per_cluster=tokens_per_cluster, interval=interval, sample=sample)
+        options = {"sinks": sinks, "iterations": iterations, "interval": interval, "sample": sample}
+        options |= {"budget": budget, "tokens_per_cluster": tokens_per_cluster}
+        super().__init__(partial(ClusterLayer, host=offload, **options), whole_layers)
         self._offload = offload
 
     @property
@@ -95,22 +87,14 @@ class ClusterLayer(RecallLayer):
         clustered: how many tokens, from the first, are sinks, padding or members.
     """
 
-    def __init__(
-        self,
-        budget: int,
-        sinks: int,
-        tokens_per_cluster: int,
-        interval: int,
-        iterations: int,
-        sample: int,
-        offload: bool,
-    ) -> None:
-        super().__init__(budget, host=offload)
-        self.sinks = sinks
-        self.tokens_per_cluster = tokens_per_cluster
-        self.interval = interval
-        self.iterations = iterations
-        self.sample = sample
+    sinks: int
+    tokens_per_cluster: int
+    interval: int
+    iterations: int
+    sample: int
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.hits = self.recalled = 0
         self._forget_clusters()
 
@@ -270,3 +254,48 @@ class ClusterLayer(RecallLayer):
         super().clear()
         self.hits = self.recalled = 0
         self._forget_clusters()
+
+
+def cosine_kmeans(
+    x: Tensor, count: int, iterations: int, sample: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Divide rows x [n, d] into `count` clusters, each row to the centroid of largest cosine.
+
+    Equivalent to, with `fitted` at most `sample` evenly spaced rows of `unit`, starting from
+    `count` of those:
+
+        unit = normalize(x.float())
+        for _ in range(iterations):
+            index = (fitted @ centres.T).argmax(1)
+            centres = stack([normalize(fitted[index == j].sum(0)) for j in range(count)])
+        index = (unit @ centres.T).argmax(1)
+        means = stack([x[index == j].float().mean(0) for j in range(count)])
+
+    A cluster that lost all its rows keeps its direction, and has a mean of zero. `pamm::assign`
+    looks for the largest |cosine|; one more feature of 1 turns a cosine c into (1 + c) / 2, which
+    is never negative and has the same order. Gives index [n], means [count, d] of the rows as they
+    are, since scores are inner products, and sizes [count].
+
+    Source: arXiv 2412.03213 §III.
+    """
+    rows = x.shape[0]
+    unit = normalize(x.float(), dim=1)
+    extended = pad(unit, (0, 1), value=1.0)
+    few = min(rows, max(count, sample))
+    fitted, fitted_unit = _evenly(extended, few), _evenly(unit, few)
+    ones = extended.new_ones(rows)
+    centres = _evenly(fitted_unit, count)
+    for _ in range(iterations):
+        index, _, _ = assign(fitted, pad(centres, (0, 1), value=1.0), index_dtype(count))
+        sums = contract(index, ones[:few], [fitted_unit], count)
+        norm = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+        centres = torch.where(norm > 0, sums / norm, centres)
+    index, _, _ = assign(extended, pad(centres, (0, 1), value=1.0), index_dtype(count))
+    sizes = torch.bincount(index.long(), minlength=count)
+    means = contract(index, ones, [x.float()], count) / sizes.clamp(min=1)[:, None]
+    return index.long(), means, sizes
+
+
+def _evenly(x: Tensor, count: int) -> Tensor:
+    """Take `count` evenly spaced rows: no generator is advanced, and neighbours are alike."""
+    return x[torch.arange(count, device=x.device) * x.shape[0] // count]

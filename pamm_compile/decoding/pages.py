@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pamm_compile.decoding.attention import check_count
-from pamm_compile.decoding.recall import RecallLayer
-from pamm_compile.decoding.store import ChoosingCache
+from pamm_compile.decoding.store import ChoosingCache, RecallLayer
 
 
 class PageCache(ChoosingCache):
@@ -24,35 +24,32 @@ class PageCache(ChoosingCache):
         page: tokens of a page.
         whole_layers: layers, from the first, that attend to everything.
 
-    Raises:
-        InvalidOptionError: a value is not allowed.
-
     Source: Quest, arXiv 2406.10774.
     """
 
     def __init__(self, budget: int, *, page: int = 16, whole_layers: int = 2) -> None:
-        check_count("page", page, 1)
-        check_count("budget", budget, 2 * page)
-        check_count("whole_layers", whole_layers, 0)
-        super().__init__(partial(PageLayer, budget, page), whole_layers)
+        check_count(1, page=page)
+        check_count(2 * page, budget=budget)
+        check_count(0, whole_layers=whole_layers)
+        super().__init__(partial(PageLayer, budget=budget, page=page), whole_layers)
 
 
 class PageLayer(RecallLayer):
     """One layer of a `PageCache`, whose arguments it takes.
 
-    Attributes:
-        bounds: smallest and largest keys of the full pages, [batch, key heads, pages, d] each.
+    `bounds` has the smallest and largest keys of full pages, [batch, key heads, pages, d] each.
     """
 
-    def __init__(self, budget: int, page: int) -> None:
-        super().__init__(budget)
-        self.page = page
+    page: int
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.bounds: list[Tensor] = []
 
     def choose(self, query: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         # The last page is attended to whether full or not.
         pages = (self.seen - 1) // self.page
-        self._bound(pages)
+        self._bound(pages, allowed)
         low, high = self.bounds
         grouped = query.unflatten(1, (low.shape[1], -1)).float()
         score = torch.matmul(grouped.clamp(min=0), high.float().transpose(2, 3))
@@ -66,14 +63,19 @@ class PageLayer(RecallLayer):
         last = torch.arange(pages * self.page, self.seen, device=query.device)
         return torch.cat([index, last.expand(*index.shape[:2], -1)], dim=2), None
 
-    def _bound(self, pages: int) -> None:
+    def _bound(self, pages: int, allowed: Tensor | None = None) -> None:
         known = self.bounds[0].shape[2] if self.bounds else 0
         if known > pages:
             self.bounds = [b[:, :, :pages] for b in self.bounds]
         elif known < pages:
-            new = self.store.keys[:, :, known * self.page : pages * self.page]
-            paged = new.unflatten(2, (pages - known, self.page))
-            bounds = [paged.amin(3), paged.amax(3)]
+            part = slice(known * self.page, pages * self.page)
+            low = high = self.store.keys[:, :, part]
+            if allowed is not None:
+                padding = ~allowed[:, None, part, None]
+                low = low.masked_fill(padding, torch.finfo(low.dtype).max)
+                high = high.masked_fill(padding, torch.finfo(high.dtype).min)
+            shape = (pages - known, self.page)
+            bounds = [low.unflatten(2, shape).amin(3), high.unflatten(2, shape).amax(3)]
             if self.bounds:
                 bounds = [torch.cat(b, dim=2) for b in zip(self.bounds, bounds, strict=True)]
             self.bounds = bounds

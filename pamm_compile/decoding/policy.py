@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils import parameters_to_vector, skip_init, vector_to_parameters
 
 from pamm_compile.decoding.attention import check_count
 from pamm_compile.decoding.eviction import EvictingLayer, take
@@ -56,11 +57,12 @@ class EvictionPolicy(nn.Module):
     def __init__(self, parameters: Tensor | None = None) -> None:
         super().__init__()
         features = _FREQUENCIES + _AGES
-        self.query = nn.Linear(features, _HIDDEN)
-        self.key = nn.Linear(features, _HIDDEN)
-        self.value = nn.Linear(features, _HIDDEN)
-        self.out = nn.Linear(_HIDDEN, features)
-        self.score = nn.Linear(features, 1)
+        # Layers of nn draw their weights, which would move the global generator.
+        self.query = skip_init(nn.Linear, features, _HIDDEN)
+        self.key = skip_init(nn.Linear, features, _HIDDEN)
+        self.value = skip_init(nn.Linear, features, _HIDDEN)
+        self.out = skip_init(nn.Linear, _HIDDEN, features)
+        self.score = skip_init(nn.Linear, features, 1)
         self.requires_grad_(False)
         self.set_flat(torch.zeros(self.size) if parameters is None else parameters)
 
@@ -81,7 +83,7 @@ class EvictionPolicy(nn.Module):
 
     def flat(self) -> Tensor:
         """All parameters, [size]."""
-        return torch.cat([p.flatten() for p in self.parameters()])
+        return parameters_to_vector(self.parameters())
 
     def set_flat(self, parameters: Tensor) -> None:
         """Replace all parameters by [size] others."""
@@ -89,23 +91,13 @@ class EvictionPolicy(nn.Module):
             raise InvalidOptionError(
                 f"a policy has {self.size} parameters, got {list(parameters.shape)}"
             )
-        for own, new in zip(
-            self.parameters(),
-            parameters.split([p.numel() for p in self.parameters()]),
-            strict=True,
-        ):
-            own.copy_(new.view_as(own))
+        vector_to_parameters(parameters.clone(), self.parameters())
 
     def forward(self, spectrum: Tensor, age: Tensor, real: Tensor) -> Tensor:
-        """Score tokens in the order of their positions.
+        """Score tokens in the order of their positions, [..., n], float32.
 
-        Args:
-            spectrum: [..., n, 17]; averaged magnitudes of the frequencies of received attention.
-            age: [..., n]; tokens since.
-            real: [..., n], bool; False where a slot holds no token.
-
-        Returns:
-            [..., n], float32.
+        `spectrum` [..., n, 17] has averaged magnitudes of the frequencies of received attention,
+        `age` [..., n] the tokens since; `real` [..., n] is False where a slot holds no token.
         """
         weight = real[..., None].float()
         count = weight.sum(-2, keepdim=True).clamp(min=1)
@@ -144,9 +136,6 @@ class EvictionCache(ChoosingCache):
         interval: new tokens between two decisions, all kept meanwhile.
         whole_layers: layers, from the first, that drop nothing.
 
-    Raises:
-        InvalidOptionError: a value is not allowed.
-
     Source: arXiv 2410.13166, which decides every 512 tokens of the prompt too.
     """
 
@@ -158,12 +147,11 @@ class EvictionCache(ChoosingCache):
         interval: int = 512,
         whole_layers: int = 0,
     ) -> None:
-        check_count("interval", interval, 1)
-        check_count("whole_layers", whole_layers, 0)
-        if budget is not None:
-            check_count("budget", budget, 1)
+        check_count(1, interval=interval, budget=1 if budget is None else budget)
+        check_count(0, whole_layers=whole_layers)
         chosen = EvictionPolicy.shipped() if policy is None else policy
-        super().__init__(partial(PolicyLayer, chosen, budget, interval), whole_layers)
+        layer = partial(PolicyLayer, policy=chosen, budget=budget, interval=interval)
+        super().__init__(layer, whole_layers)
 
 
 class PolicyLayer(EvictingLayer):
@@ -176,13 +164,7 @@ class PolicyLayer(EvictingLayer):
     """
 
     needs_weights = True
-
-    def __init__(self, policy: EvictionPolicy, budget: int | None, interval: int) -> None:
-        super().__init__()
-        self.policy = policy
-        self.budget = budget
-        self.interval = interval
-        self.decided = 0
+    policy: EvictionPolicy
 
     def observe(self, weights: Tensor) -> None:
         received = weights.transpose(2, 3)
@@ -206,13 +188,9 @@ class PolicyLayer(EvictingLayer):
         self.state["weights"], self.state["spectrum"] = series, average
 
     def choose(self, real: Tensor) -> Tensor | None:
-        if self.decided and self.seen - self.decided < self.interval:
-            return None
-        self.decided = self.seen
-        age = self.seen - 1 - self.state["position"]
-        score = self.policy(self.state["spectrum"], age, real)
+        score = self.policy(self.state["spectrum"], self.age, real)
         # No decision may leave a head without any token.
-        score = score.masked_fill(age == 0, torch.inf)
+        score = score.masked_fill(self.age == 0, torch.inf)
         wanted = real & (score > 0)
         most = int(wanted.sum(2).max())
         if self.budget is not None:
@@ -226,16 +204,10 @@ class PolicyLayer(EvictingLayer):
         return ordered.masked_fill(ordered == real.shape[2], -1)
 
     def evict_now(self) -> None:
-        """Decide at once, whenever the last decision was; no sequence may have padding."""
+        """Decide at once, whenever the last decision was."""
         self.decided = 0
-        index = self.choose(self.state["position"] >= 0)
-        if index is not None:
-            self._keep(index)
+        self._evict()
 
     def keep(self, index: Tensor) -> None:
         for name in ("weights", "spectrum"):
             self.state[name] = take(self.state[name], index)
-
-    def clear(self) -> None:
-        super().clear()
-        self.decided = 0

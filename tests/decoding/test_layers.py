@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from pamm_compile import decoding
-from pamm_compile.decoding.attention import AttendingLayer
-from pamm_compile.decoding.kmeans import cosine_kmeans
+from pamm_compile.decoding.attention import AttendingLayer, Call
 from pamm_compile.errors import CacheStateError, InvalidOptionError
 
 HEADS, KEY_HEADS, WIDTH, VALUES = 4, 2, 8, 6
@@ -38,10 +38,11 @@ CACHES: dict[str, Callable[[], Any]] = {
     "window": lambda: decoding.WindowCache(16, sinks=3),
     "heavy hitters": lambda: decoding.HeavyHitterCache(16, recent=5),
     "norms": lambda: decoding.NormCache(16, recent=5, whole_layers=0),
+    "keydiff": lambda: decoding.KeyDiffCache(16, recent=5, interval=1),
     "policy": lambda: decoding.EvictionCache(random_policy(), budget=16, interval=4),
 }
 KEEPING = ("clusters", "clusters offloaded", "clusters of a sample", "pages")
-EVICTING = ("window", "heavy hitters", "norms", "policy")
+EVICTING = ("window", "heavy hitters", "norms", "keydiff", "policy")
 
 
 def layer(name: str) -> AttendingLayer:
@@ -84,7 +85,8 @@ class Stream:
             causal = order <= torch.arange(start, end)[:, None]
             mask = (causal & self.valid[:, None, :end])[:, None]
         assert shared["cache_layer"] is to
-        return to.attend(MODULE, self.query[:, :, part], key, value, mask, SCALING)
+        call = Call(MODULE, self.query[:, :, part], mask, SCALING)
+        return to.attend(call, key.held[0], value.held[0])
 
     def attention(self, row: int, head: int, token: int, seen: list[int]) -> Tensor:
         """What one query gets from the tokens in `seen`."""
@@ -144,6 +146,7 @@ class PlainPages:
         for page in range(token // 4):
             tokens = key[4 * page : 4 * page + 4]
             if s.valid[row, 4 * page : 4 * page + 4].any():
+                tokens = tokens[s.valid[row, 4 * page : 4 * page + 4]]
                 bound = torch.maximum(query * tokens.amin(0), query * tokens.amax(0)).sum()
                 scores[page] = float(bound)
         best = sorted(scores, key=lambda p: -scores[p])[:3]
@@ -207,6 +210,14 @@ class PlainNorms(PlainEviction):
         return float("inf") if t > last - 5 else -float(key[t].float().norm())
 
 
+class PlainKeyDiff(PlainEviction):
+    def rank(self, s: Stream, row: int, key: Tensor, t: int, last: int) -> float:
+        tokens = [k for k in range(last + 1) if s.valid[row, k]]
+        mean = normalize(key[tokens].float(), dim=1).mean(0)
+        likeness = normalize(key[t].float(), dim=0) @ normalize(mean, dim=0)
+        return float("inf") if t > last - 5 else -float(likeness)
+
+
 PLAIN: dict[str, Callable[[], Any]] = {
     "clusters": PlainClusters,
     "clusters offloaded": PlainClusters,
@@ -215,6 +226,7 @@ PLAIN: dict[str, Callable[[], Any]] = {
     "window": PlainWindow,
     "heavy hitters": PlainHeavyHitters,
     "norms": PlainNorms,
+    "keydiff": PlainKeyDiff,
 }
 
 
@@ -297,12 +309,28 @@ def test_cropped_goes_on_as_if_the_tokens_had_never_come(name: str, count: int) 
 def test_evicted_tokens_cannot_be_cropped_back(name: str) -> None:
     made = layer(name)
     Stream().feed(made, 0, PROMPT)
+    Stream().feed(made, PROMPT, PROMPT + 1)
     made.crop(0)
     with pytest.raises(CacheStateError, match="evicted tokens for good"):
         made.crop(-1)
     with pytest.raises(InvalidOptionError, match="minus the number"):
         made.crop(5)
-    assert made.get_seq_length() == PROMPT
+    assert made.get_seq_length() == PROMPT + 1
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_prompt_in_pieces_is_one_prompt(name: str) -> None:
+    """The last piece is one token, which only whoever generates can tell from a new one."""
+    s, whole, pieces = Stream(), layer(name), layer(name)
+    pieces.prompt_length = PROMPT
+    expected = s.feed(whole, 0, PROMPT)
+    ends = [0, 13, 26, PROMPT - 1, PROMPT]
+    got = [s.feed(pieces, a, b) for a, b in pairwise(ends)]
+    torch.testing.assert_close(torch.cat(got, dim=1)[:1], expected[:1])
+    for token in range(PROMPT, PROMPT + 5):
+        torch.testing.assert_close(
+            s.feed(pieces, token, token + 1), s.feed(whole, token, token + 1)
+        )
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -310,16 +338,17 @@ def test_several_queries_at_once(name: str) -> None:
     """A further turn sees all that is kept, and itself causally."""
     s = Stream()
     one, many = layer(name), layer(name)
-    s.feed(many, 0, PROMPT)
-    together = s.feed(many, PROMPT, PROMPT + 4)
+    for each in (one, many):
+        s.feed(each, 0, PROMPT)
+        s.feed(each, PROMPT, PROMPT + 1)
+    together = s.feed(many, PROMPT + 1, PROMPT + 5)
     if name in KEEPING:
-        expected = s.attention(1, 2, PROMPT + 1, list(range(PADDED, PROMPT + 2)))
+        expected = s.attention(1, 2, PROMPT + 2, list(range(PADDED, PROMPT + 3)))
         torch.testing.assert_close(together[1, 1, 2].double(), expected, rtol=1e-4, atol=1e-4)
     else:
-        s.feed(one, 0, PROMPT)
-        first = s.feed(one, PROMPT, PROMPT + 1)
+        first = s.feed(one, PROMPT + 1, PROMPT + 2)
         torch.testing.assert_close(together[:, :1], first)
-    s.feed(many, PROMPT + 4, PROMPT + 5)
+    s.feed(many, PROMPT + 5, PROMPT + 6)
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -335,14 +364,15 @@ def test_reset_forgets_everything(name: str) -> None:
     torch.testing.assert_close(s.feed(made, PROMPT, PROMPT + 1), first, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["window", "heavy hitters", "norms"])
+@pytest.mark.parametrize("name", ["window", "heavy hitters", "norms", "keydiff"])
 def test_evicting_bounds_the_bytes(name: str) -> None:
     s = Stream(padded=0)
     made = layer(name)
     s.feed(made, 0, PROMPT)
     s.feed(made, PROMPT, PROMPT + 1)
     held = 2 * KEY_HEADS * 16 * (WIDTH + VALUES) * 4
-    extra = 2 * KEY_HEADS * 16 * 8 + 2 * 8 + (2 * KEY_HEADS * 16 * 4) * (name == "heavy hitters")
+    extra = 2 * KEY_HEADS * 16 * 8 + 2 * 4 + (2 * KEY_HEADS * 16 * 4) * (name == "heavy hitters")
+    extra += (2 * KEY_HEADS * WIDTH * 4) * (name == "keydiff")
     assert made.nbytes == held + extra
 
 
@@ -359,20 +389,3 @@ def test_hits_on_the_device_are_counted() -> None:
     assert cache.hit_rate == 0.5
     with pytest.raises(InvalidOptionError, match="offload=True"):
         _ = CACHES["clusters"]().hit_rate
-
-
-def test_kmeans_tells_a_direction_from_its_opposite() -> None:
-    x = torch.randn(1, 8).repeat(20, 1) + 0.01 * torch.randn(20, 8)
-    x[10:] *= -3
-    index, means, sizes = cosine_kmeans(x, 2, 4, 100)
-    assert index.tolist() == [0] * 10 + [1] * 10
-    assert sizes.tolist() == [10, 10]
-    torch.testing.assert_close(means, torch.stack([x[:10].mean(0), x[10:].mean(0)]))
-
-
-def test_a_cluster_that_lost_its_rows_is_empty() -> None:
-    x = torch.ones(6, 4)
-    index, means, sizes = cosine_kmeans(x, 3, 2, 100)
-    assert index.tolist() == [0] * 6
-    assert sizes.tolist() == [6, 0, 0]
-    assert means[1:].abs().sum() == 0

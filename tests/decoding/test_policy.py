@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from pamm_testing.decoding_models import random_policy
 from torch import Tensor
 
-from pamm_compile import decoding
+from examples.benchmarks.decoding.evolve import evolve
 from pamm_compile.decoding import EvictionCache, EvictionPolicy
+from pamm_compile.decoding.attention import Call
 from pamm_compile.errors import InvalidOptionError, MissingPackageError
 
 MODULE: Any = SimpleNamespace(num_key_value_groups=2, is_causal=True)
@@ -25,7 +27,7 @@ HEADS, KEY_HEADS, WIDTH = 4, 2, 8
 def feed(layer: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     shared: dict[str, Any] = {}
     key, value = layer.update(key, value, kwargs=shared)
-    output: Tensor = layer.attend(MODULE, query, key, value, None, 0.5)
+    output: Tensor = layer.attend(Call(MODULE, query, None, 0.5), key.held[0], value.held[0])
     return output
 
 
@@ -104,13 +106,14 @@ def test_keeps_what_is_wanted_and_attends_to_it_alone(budget: int | None) -> Non
     first = slice(0, 50)
     feed(layer, query[:, :, first], key[:, :, first], value[:, :, first])
     feed(watching, query[:, :, first], key[:, :, first], value[:, :, first])
+    layer.evict_now()
     kept = []
     for head in range(KEY_HEADS):
         score = plain_scores(policy, watching.state["spectrum"][0, head], [*range(49, -1, -1)])
         score[-1] = torch.inf
         order = [int(t) for t in score.argsort(descending=True) if score[t] > 0][:budget]
         kept.append(sorted(order))
-        slots = layer.state["position"][0, head]
+        slots = layer.state["order"][0, head]
         assert slots[slots >= 0].tolist() == kept[head]
     if budget is None:
         assert len(kept[0]) != len(kept[1])
@@ -123,7 +126,7 @@ def test_keeps_what_is_wanted_and_attends_to_it_alone(budget: int | None) -> Non
             expected = weights @ value[0, head // 2, seen]
             torch.testing.assert_close(output[0, 0, head], expected)
     # With the fifth new token a decision is due.
-    longest = int((layer.state["position"] >= 0).sum(2).max())
+    longest = int((layer.state["order"] >= 0).sum(2).max())
     assert longest < max(len(k) for k in kept) + 5
 
 
@@ -131,6 +134,7 @@ def test_a_policy_that_wants_nothing_keeps_the_last_token() -> None:
     query, key, value = random(20)
     layer: Any = EvictionCache(random_policy(-1e4))._make()
     feed(layer, query, key, value)
+    layer.evict_now()
     assert layer.state["position"].tolist() == [[[19], [19]]]
 
 
@@ -158,15 +162,17 @@ def test_evolution_climbs_and_repeats() -> None:
         return -float((policy.flat() - target).square().mean())
 
     calls: list[int] = []
-    found = decoding.evolve(evaluate, generations=12, population=8, sigma=0.3, centre_every=6)
+    before = numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    found = evolve(evaluate, generations=12, population=8, sigma=0.3, centre_every=6)
+    assert before == (numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
     assert [g.evaluations for g in found.generations] == [8 * n + n // 6 for n in range(1, 13)]
     assert len(calls) == found.generations[-1].evaluations
     centres = [g.centre for g in found.generations if g.centre is not None]
     assert len(centres) == 2
     assert evaluate(EvictionPolicy()) < centres[0] < centres[1]
     assert evaluate(found.policy) == pytest.approx(centres[1], abs=1e-4)
-    again = decoding.evolve(evaluate, generations=2, population=8, sigma=0.3)
-    other = decoding.evolve(evaluate, generations=2, population=8, sigma=0.3, seed=1)
+    again = evolve(evaluate, generations=2, population=8, sigma=0.3)
+    other = evolve(evaluate, generations=2, population=8, sigma=0.3, seed=1)
     assert again.generations[1].best == found.generations[1].best
     assert other.generations[1].best != found.generations[1].best
 
@@ -177,7 +183,7 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidOptionError, match="budget"):
         EvictionCache(random_policy(), budget=0)
     with pytest.raises(InvalidOptionError, match="sigma"):
-        decoding.evolve(lambda policy: 0.0, sigma=0.0)
+        evolve(lambda policy: 0.0, sigma=0.0)
     monkeypatch.setitem(sys.modules, "cma", None)
     with pytest.raises(MissingPackageError, match=r"pamm-compile\[decoding\]"):
-        decoding.evolve(lambda policy: 0.0)
+        evolve(lambda policy: 0.0)

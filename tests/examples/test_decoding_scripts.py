@@ -40,6 +40,17 @@ def test_budgets_evolution_and_ranks(run_here: Run, recalls: Path, tmp_path: Pat
     for each in others:
         assert each["budget"] == 48
         assert each["text_loss"] == pytest.approx(full["text_loss"], abs=1.0)
+    out.unlink()
+    methods = ("--methods", "policy", "keydiff", "pages", "--bytes")
+    run_here(f"{BENCHMARKS}/budgets.py", recalls, *small, *methods, "--out", out)
+    full, *others = records(out)
+    # Pages hold every token, so that no budget in bytes is theirs.
+    assert [each["method"] for each in others] == ["policy", "keydiff"]
+    for each in others:
+        assert each["budget"] < 48  # type: ignore[operator]
+        assert each["cache_bytes"] <= 0.8 * full["cache_bytes"]  # type: ignore[operator]
+    assert "drawn in" in run_here(f"{BENCHMARKS}/picture.py", out)
+    assert out.with_suffix(".png").stat().st_size > 1000
 
     policy = tmp_path / "policy.json"
     few = ("--generations", 2, "--population", 3, "--length", 64, "--facts", 3, "--contexts", 1)
@@ -59,6 +70,14 @@ def test_budgets_evolution_and_ranks(run_here: Run, recalls: Path, tmp_path: Pat
     assert full["parameters"] - thin["parameters"] == 4 * 6 * 24 * 128  # type: ignore[operator]
 
 
+def test_models(run_here: Run, tmp_path: Path) -> None:
+    out = tmp_path / "models.jsonl"
+    run_here(f"{BENCHMARKS}/models.py", "--only", "granite", "gpt_neox", "--out", out)
+    neox, granite = records(out)
+    assert granite["caches"] == granite["factor_keys"] == "yes"
+    assert "keyword arguments" in str(neox["caches"])
+
+
 def test_times(run_here: Run, tmp_path: Path) -> None:
     out = tmp_path / "times.jsonl"
     small = ("--layers", 3, "--hidden", 32, "--heads", 2, "--rounds", 2, "--budget", 64)
@@ -73,12 +92,27 @@ def test_times(run_here: Run, tmp_path: Path) -> None:
 def test_generate(run_here: Run) -> None:
     printed = run_here(
         "generate.py",
-        *("--train-steps", 2, "--prompt-tokens", 300, "--budget", 64, "--new-tokens", 6),
+        *(
+            "--train-steps",
+            2,
+            "--prompt-tokens",
+            300,
+            "--budget",
+            64,
+            "--new-tokens",
+            6,
+            "--read",
+            4,
+        ),
     )
-    rows = re.findall(r"^(\S.*?) +([\d.]+) MiB +([\d.]+) ms a token$", printed, re.M)
-    assert len(rows) == 8
-    held = {name: float(mebibytes) for name, mebibytes, _ in rows}
+    counts = r"reads (\d+) of 4 alike, writes (\d+) of 6"
+    rows = re.findall(rf"^(\S.*?) +{counts} +([\d.]+) MiB +[\d.]+ ms a token$", printed, re.M)
+    assert len(rows) == 9
+    assert rows[0][:3] == ("everything", "4", "6")
+    held = {name: float(mebibytes) for name, _, _, mebibytes in rows}
+    # Half of the keys' width, and a cosine or sine for each dimension once for 8 heads of 4 layers.
+    share = (1 / 2 + 1 / 8 + 1) / 2
     assert held["factored keys, rank 16 of 32"] == pytest.approx(
-        0.75 * held["everything"], abs=0.02
+        share * held["everything"], abs=0.02
     )
     assert held["window with sinks"] < held["everything"] / 3

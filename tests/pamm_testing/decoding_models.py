@@ -24,6 +24,17 @@ SIZES: dict[str, Any] = {
     # Wide enough that attention is far from uniform, so that a wrong selection shows.
     "initializer_range": 0.3,
 }
+# A window is shorter than the prompts, so that it shows.
+_HYBRID = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 8}
+OWN: dict[str, Any] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 8},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite": {"attention_multiplier": 0.2, "logits_scaling": 2.0},
+    "gemma3": {"head_dim": 8, "num_hidden_layers": 4, **_HYBRID},
+    "gpt_oss": {"head_dim": 8, "num_hidden_layers": 4, "num_local_experts": 4, **_HYBRID},
+}
 CLASSES = ("llama", "qwen2", "mistral", "gpt2")
 
 
@@ -48,15 +59,21 @@ def build(name: str, **more: Any) -> Any:
             "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
             "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM),
             "mistral": (hf.MistralConfig, hf.MistralForCausalLM),
+            "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM),
+            "olmo2": (hf.Olmo2Config, hf.Olmo2ForCausalLM),
+            "smollm3": (hf.SmolLM3Config, hf.SmolLM3ForCausalLM),
+            "mixtral": (hf.MixtralConfig, hf.MixtralForCausalLM),
+            "granite": (hf.GraniteConfig, hf.GraniteForCausalLM),
+            "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM),
+            "gpt_oss": (hf.GptOssConfig, hf.GptOssForCausalLM),
         }
         make_config, make_model = kinds[name]
-        if name == "mistral":
-            more = {"sliding_window": None, **more}
+        more = {**OWN.get(name, {}), **more}
         model = make_model(make_config(**{**SIZES, **more}))
     with torch.no_grad():
         # Transformers starts biases at zero, where a lost one would not be noticed.
         for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("bias"):
+            if parameter_name.endswith(("bias", "sinks", "_norm.weight")):
                 parameter.normal_(std=0.3)
     return model.eval()
 

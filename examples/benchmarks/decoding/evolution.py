@@ -26,6 +26,7 @@ import transformers as hf
 from torch import Tensor
 
 from examples.benchmarks import cli, corpus, machine
+from examples.benchmarks.decoding.evolve import evolve
 from examples.benchmarks.decoding.recall import question
 from pamm_compile import decoding
 from pamm_compile.decoding.policy import PolicyLayer
@@ -113,7 +114,7 @@ def main() -> None:
     # Positive for all tokens to begin with: it is the budget that decides.
     begin.score.bias.fill_(1.0)
     print(f"zeros, held out: {held_out.of(begin):.4f}", flush=True)
-    found = decoding.evolve(
+    found = evolve(
         fitness,
         begin,
         generations=args.generations,

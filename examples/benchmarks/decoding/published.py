@@ -1,7 +1,8 @@
-"""The tables of docs/decoding.md, from the records of this package's scripts."""
+"""The tables and the picture of docs/decoding.md, from the records of this package's scripts."""
 
 from __future__ import annotations
 
+import re
 import statistics
 from typing import Any
 
@@ -39,6 +40,47 @@ def _answers(records: Records) -> str:
         return "-"
     shares = [f"{r['accuracy']:.2f}" for r in records]
     return f"{'–'.join(shares)}/{statistics.mean(r['answer_loss'] for r in records):.2f}"
+
+
+def equal_bytes(records: Records) -> list[str]:
+    """A row a method, a column a share of the whole cache's bytes; cells as in `budgets`."""
+    shares = sorted({r["share"] for r in records if r["method"] != "full"}, reverse=True)
+    of: dict[str, dict[float, Records]] = {}
+    for record in records:
+        of.setdefault(record["method"], {}).setdefault(record["share"], []).append(record)
+    full = of.pop("full")[1.0]
+    rows = [["whole cache", *(_answers(full) for _ in shares)]]
+    best = sorted(of, key=lambda m: statistics.mean(r["answer_loss"] for r in of[m][shares[-1]]))
+    rows += [[method, *(_answers(of[method][share]) for share in shares)] for method in best]
+    return tables.markdown(["", *(f"1/{1 / share:.0f}" for share in shares)], rows)
+
+
+def models(records: Records) -> list[str]:
+    """A row for what `attach` and `factor_keys` say, with the types of models they say it of."""
+    of: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        for asked in ("caches", "factor_keys"):
+            if asked in record:
+                of.setdefault((asked, _reason(record[asked])), []).append(record["kind"])
+        if "unbuilt" in record:
+            of.setdefault(("neither", "not built tiny, or does not generate"), []).append(
+                record["kind"]
+            )
+    rows = [
+        [asked, answer, str(len(kinds)), ", ".join(kinds)]
+        for (asked, answer), kinds in sorted(
+            of.items(), key=lambda item: (item[0][0], item[0][1] != "yes", -len(item[1]))
+        )
+    ]
+    return tables.markdown(["asked", "answer", "models", ""], rows, left=4)
+
+
+def _reason(answer: str) -> str:
+    """An answer without the names of classes."""
+    name = r"\b[A-Z]\w*(?:ForCausalLM|LMHeadModel|Decoder|Model|Attention)\b"
+    answer = re.sub(rf"\bof {name}", "of it", answer)
+    answer = re.sub(rf"{name}(: |\.| )?", "", answer)
+    return re.sub(r"; known are.*|: \[.*", "", answer)
 
 
 def times(records: Records) -> list[str]:

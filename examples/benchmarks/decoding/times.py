@@ -66,7 +66,7 @@ def build(args: argparse.Namespace, length: int) -> Any:
     return decoding.attach(hf.LlamaForCausalLM(config).eval())
 
 
-def fill(cache: Any, args: argparse.Namespace, length: int, key_width: int) -> None:
+def fill(cache: Any, args: argparse.Namespace, length: int, key_width: int, before: bool) -> None:
     """Put `length` tokens of random keys and values into every layer."""
     generator = torch.Generator().manual_seed(0)
     width = args.hidden // args.heads
@@ -80,6 +80,10 @@ def fill(cache: Any, args: argparse.Namespace, length: int, key_width: int) -> N
         layer = shared.get("cache_layer")
         if isinstance(layer, AttendingLayer):
             layer.answered()
+    if before:
+        # Keys before rotation come with the angles of their positions, once.
+        turned = torch.randn(1, 1, length, width // 2, generator=generator)
+        cache.update(turned, turned, args.layers)
 
 
 def arm(name: str, args: argparse.Namespace, length: int) -> tuple[Any, Any]:
@@ -93,7 +97,7 @@ def arm(name: str, args: argparse.Namespace, length: int) -> tuple[Any, Any]:
     if name.startswith("factored"):
         width //= 4
         decoding.factor_keys(model, width, rotary="before" if "before" in name else "pairs")
-    fill(cache, args, length, width)
+    fill(cache, args, length, width, name == "factored, before")
     return model, cache
 
 

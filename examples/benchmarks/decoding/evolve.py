@@ -13,21 +13,21 @@ from pamm_compile.errors import InvalidOptionError, MissingPackageError
 
 
 class Generation(NamedTuple):
-    """What one generation reached; of all fitnesses larger is better."""
+    """Calls of `evaluate` so far, and what one generation reached; larger is better.
+
+    `centre` is the fitness of the distribution's mean, where it was evaluated.
+    """
 
     evaluations: int
-    """Calls of `evaluate` so far."""
     best: float
     mean: float
     centre: float | None
-    """Fitness of the distribution's mean, where it was evaluated."""
 
 
 class Evolution(NamedTuple):
-    """What `evolve` returns."""
+    """The mean of the last distribution, as the paper's code takes it, and how it came about."""
 
     policy: EvictionPolicy
-    """The mean of the last distribution, as the paper's code takes it."""
     generations: list[Generation]
 
 
@@ -48,34 +48,30 @@ def evolve(
     Args:
         evaluate: the fitness of a policy, larger is better; called once for every candidate.
         policy: where the search begins; None: all zeros.
-        generations: how many.
-        population: candidates of each, at least 2.
+        generations: how many, of `population` candidates each, at least 2.
         sigma: standard deviation to begin with.
         seed: of the search; 0 or larger.
         centre_every: evaluate the distribution's mean at every such generation, and at the last.
 
-    Returns:
-        The policy found, and what each generation reached.
-
     Raises:
-        InvalidOptionError: a value is not allowed.
         MissingPackageError: the package cma is not installed.
 
-    Source: arXiv 2410.13166 §3.3; sigma and population are those of its published code.
+    Source: arXiv 2410.13166 §3.3; sigma is that of its published code.
     """
-    check_count("generations", generations, 1)
-    check_count("population", population, 2)
-    check_count("centre_every", centre_every, 1)
+    check_count(1, generations=generations, centre_every=centre_every)
+    check_count(2, population=population)
     if not sigma > 0:
         raise InvalidOptionError(f"sigma must be positive, got {sigma!r}")
     try:
         import cma
+        import numpy
     except ImportError as error:
         raise MissingPackageError(
             "evolve needs the package cma: pip install pamm-compile[decoding]"
         ) from error
     start = EvictionPolicy() if policy is None else policy
-    # cma takes a seed of 0 for "draw one".
+    # cma seeds the global generator of numpy, and takes a seed of 0 for "draw one".
+    state = numpy.random.get_state()
     options = {"popsize": population, "seed": seed + 1, "verbose": -9}
     search: Any = cma.CMAEvolutionStrategy(start.flat().double().numpy(), sigma, options)
     candidate = EvictionPolicy()
@@ -96,5 +92,6 @@ def evolve(
             centre = fitness(search.mean)
             evaluations += 1
         reached.append(Generation(evaluations, max(found), sum(found) / len(found), centre))
+    numpy.random.set_state(state)
     final = EvictionPolicy(torch.as_tensor(search.mean, dtype=torch.float32))
     return Evolution(final, reached)
