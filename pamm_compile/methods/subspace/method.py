@@ -5,11 +5,6 @@
     backward:  codes, scales ── Â [b, r] ── dW = (dZᵀ Â) Q
 
 Plain PyTorch throughout; but for matmuls, a Cholesky factorisation and a triangular solve it fuses.
-
-The codes are subtractively dithered: u, uniform in a rounding step and known to both passes, is
-added before rounding and taken off after it. The error is then uniform in a step whatever the value
-was, so that coefficients are unbiased, with the variance of rounding to nearest, half that of
-stochastic rounding (L. G. Roberts, Picture coding using pseudo-random noise, 1962).
 """
 
 from __future__ import annotations
@@ -17,17 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from pamm_compile import checks
+from pamm_compile.methods.codes import Bits, Rows, Steps
 from pamm_compile.methods.subspace.directions import drawn_directions, principal_directions
 from pamm_compile.size import Cost, Size
-
-Bits = Literal[4, 8]
 
 TOKENS_A_SCALE = 256
 """Coefficients of so many tokens along one direction share a scale."""
@@ -36,25 +28,7 @@ _MULTIPLE = 8
 # Of blocked right-looking algorithms, as libraries for GPUs have them: columns at a time, and
 # kernels for each in a Cholesky factorisation (3) and a triangular solve (2). Not measured.
 _PANEL, _KERNELS_A_PANEL = 32, 5
-_BASIS_LEVELS = 127
-# Scales are rounded to bfloat16: up, and so far that rounding v + u cannot reach the next code.
-_HEADROOM = 1 + 2**-7
-# The fractional parts of 1/ρ and 1/ρ², ρ the plastic number, in 22 bits: multiples of these two
-# fill the unit interval evenly along tokens and along directions, and exactly in float32.
-_PHASE_BITS = 22
-_TOKEN_STEP = 3166187
-_DIRECTION_STEP = 2390083
-
-
-class _Codes(NamedTuple):
-    """Coefficients in a few bits."""
-
-    codes: Tensor
-    """[b, ceil(r / 2)] or [b, r], uint8."""
-    scales: Tensor
-    """[ceil(b / TOKENS_A_SCALE), r], bfloat16: the size of a rounding step."""
-    phase: Tensor
-    """0-dimensional int32, of the dither."""
+_BASIS = Rows()
 
 
 @dataclass(frozen=True)
@@ -139,7 +113,7 @@ class Subspace:
         """
         r = self.directions(x.shape[1], outputs)
         if r == x.shape[1]:
-            return (x,) if self.bits is None else tuple(_encode(x, self.bits, seed))
+            return (x,) if self.bits is None else _coefficients(self.bits).encode(x, seed)
         found, weights = self.found(x.shape[1], outputs), None
         if found > r:
             # As many sampled rows in all as without candidates, but two of each at least.
@@ -152,13 +126,13 @@ class Subspace:
         if self.bits is None:
             decoded = basis.to(_product_dtype(x.dtype))
         else:
-            codes, scales, decoded = _encode_basis(basis, _product_dtype(x.dtype))
+            codes, scales, decoded = _BASIS.encode_and_round(basis, _product_dtype(x.dtype))
         coefficients = x.to(decoded.dtype) @ decoded.T
         if weights is not None:
             coefficients = coefficients * weights.to(coefficients.dtype)
         if self.bits is None:
             return coefficients, decoded
-        return (*_encode(coefficients, self.bits, seed), codes, scales)
+        return (*_coefficients(self.bits).encode(coefficients, seed), codes, scales)
 
     def weight_gradients(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
@@ -171,8 +145,8 @@ class Subspace:
             coefficients = stored[0].to(dtype)
             basis = stored[1].to(dtype) if projected else None
         else:
-            coefficients = _decode(_Codes(*stored[:3]), self.bits, dtype)
-            basis = _decode_basis(stored[3], stored[4], dtype) if projected else None
+            coefficients = _coefficients(self.bits).decode(stored[:3], dtype)
+            basis = _BASIS.decode(stored[3:], dtype) if projected else None
         if basis is None:
             return [
                 coefficients.T @ grad if flip else grad.T @ coefficients
@@ -195,9 +169,8 @@ class Subspace:
         projected = r < n
         if self.bits is None:
             return (b * r + projected * r * n) * size.dtype.itemsize
-        codes = b * (-(-r // 2) if self.bits == 4 else r)
-        scales = 2 * r * -(-b // TOKENS_A_SCALE)
-        return codes + scales + 4 + projected * r * (n + 4)
+        basis = _BASIS.nbytes(r, n) if projected else 0
+        return _coefficients(self.bits).nbytes(b, r) + basis
 
     def cost(self, size: Size) -> Cost:
         """Return the cost of directions, coefficients and weight gradients."""
@@ -254,89 +227,6 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def _encode_basis(basis: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return int8 codes, a float32 scale a row, and what the two stand for.
-
-    NaN and Inf make a scale that is not finite.
-    """
-    basis = basis.float()
-    scales = basis.abs().amax(1) / _BASIS_LEVELS
-    whole = (basis * _reciprocal(scales)[:, None]).round()
-    # Not decoded from the codes: were the backward pass to compute the very same, the partitioner
-    # would save what both passes read in place of computing it twice.
-    return whole.to(torch.int8), scales, (whole * scales[:, None]).to(dtype)
-
-
-def _decode_basis(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    decoded: Tensor = (codes * scales[:, None]).to(dtype)
-    return decoded
-
-
-def _encode(a: Tensor, bits: Bits, seed: Tensor) -> _Codes:
-    """Round coefficients, dithered.
-
-    Args:
-        a: [b, r], floating point; NaN and Inf make a scale that is not finite.
-        bits: of a code.
-        seed: 0-dimensional int64 tensor in [0, 2³¹).
-    """
-    a = a.float()
-    tokens, r = a.shape
-    blocks = (tokens + TOKENS_A_SCALE - 1) // TOKENS_A_SCALE
-    padded = functional.pad(a.abs(), (0, 0, 0, blocks * TOKENS_A_SCALE - tokens))
-    peaks = padded.view(blocks, TOKENS_A_SCALE, r).amax(1)
-    half = 2 ** (bits - 1)
-    scales = (peaks * (_HEADROOM / (half - 0.5))).to(torch.bfloat16)
-    phase = seed & (2**_PHASE_BITS - 1)
-    steps = _by_token(_reciprocal(scales.float()), tokens)
-    codes = (a * steps + _dither(tokens, r, phase) + half).floor().to(torch.uint8)
-    if bits == 4:
-        pairs = (r + 1) // 2
-        high = codes[:, pairs:]
-        high = functional.pad(high, (0, 1)) if r % 2 else high
-        codes = codes[:, :pairs] | (high << 4)
-    return _Codes(codes, scales, phase.to(torch.int32))
-
-
-def _decode(stored: _Codes, bits: Bits, dtype: torch.dtype) -> Tensor:
-    codes, scales, phase = stored
-    r = scales.shape[1]
-    if bits == 4:
-        codes = torch.cat([codes & 15, codes >> 4], dim=1)[:, :r]
-    tokens, half = codes.shape[0], 2 ** (bits - 1)
-    whole = codes.float() - (half - 0.5) - _dither(tokens, r, phase.long())
-    decoded: Tensor = (whole * _by_token(scales.float(), tokens)).to(dtype)
-    return decoded
-
-
-def _dither(tokens: int, r: int, phase: Tensor) -> Tensor:
-    """Return [b, r] in [−½, ½): uniform where the phase is, and evenly spread for any phase.
-
-    Args:
-        tokens: b.
-        r: directions.
-        phase: 0-dimensional int64.
-    """
-    mask = 2**_PHASE_BITS - 1
-    # Functions of memory: of an index alone they would take 32 bits on a GPU, and be the same in
-    # both passes, to be saved for the second.
-    nothing = phase & 0
-    token = torch.arange(tokens, device=phase.device) + nothing
-    direction = torch.arange(r, device=phase.device) + nothing
-    along = ((token * _TOKEN_STEP + phase) & mask).float() * 2.0**-_PHASE_BITS
-    across = ((direction * _DIRECTION_STEP) & mask).float() * 2.0**-_PHASE_BITS
-    both: Tensor = along[:, None] + across
-    return both - both.floor() - 0.5
-
-
-def _by_token(blocks: Tensor, tokens: int) -> Tensor:
-    """Return, for every token, the row of its block."""
-    count, r = blocks.shape
-    return blocks[:, None].expand(count, TOKENS_A_SCALE, r).reshape(-1, r)[:tokens]
-
-
-def _reciprocal(scales: Tensor) -> Tensor:
-    # 0 for scales of nothing, and for those that are not finite: no NaN is then made an integer,
-    # and in the decoded values it is the scale that carries it.
-    usable = (scales > 0) & (scales < math.inf)
-    return torch.where(usable, 1 / scales, 0.0)
+def _coefficients(bits: Bits) -> Steps:
+    """Return how coefficients are coded: without bias, so that errors of tokens cancel."""
+    return Steps(bits, TOKENS_A_SCALE, dithered=True)

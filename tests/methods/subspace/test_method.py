@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pamm_compile.errors import InvalidOptionError
-from pamm_compile.methods import subspace
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.subspace.method import TOKENS_A_SCALE, Subspace
 from pamm_compile.private import aot
@@ -311,18 +310,6 @@ def test_compiled_draws_are_the_eager_ones(bits: Any) -> None:
         given = (x, torch.tensor(seed), normal(1, 300, 12))
         # An eigenvector may be found the other way round, and its coefficients rounded otherwise.
         assert error(compiled(*given), both(*given)) < (1e-4 if bits is None else 0.05)
-
-
-def test_phases_are_what_they_are_said_to_be() -> None:
-    plastic = math.cbrt((9 + math.sqrt(69)) / 18) + math.cbrt((9 - math.sqrt(69)) / 18)
-    steps = 2**subspace._PHASE_BITS
-    for number, share in (
-        (subspace._TOKEN_STEP, 1 / plastic),
-        (subspace._DIRECTION_STEP, plastic**-2),
-    ):
-        assert abs(number - steps * share) < 1
-        # Odd ones visit every phase.
-        assert number % 2 == 1
 
 
 @pytest.mark.parametrize(("bits", "candidates"), [(4, 1), (None, 2)])
