@@ -137,6 +137,10 @@ class Operands:
         """Return the parameters of a weight, mixed or not; none for anything else."""
         return tuple(self.joint.parameters[leaf] for leaf in sorted(self._made[node].leaves))
 
+    def is_fed(self, node: Node) -> bool:
+        """Tell whether an input of the graph that is no parameter enters a value."""
+        return self._made[node].fed
+
     def is_active(self, node: Node) -> bool:
         """Tell whether an activation is among what a value is made of."""
         return self._made[node].active

@@ -52,6 +52,11 @@ def spread(node: Node, source: Node, given: Spread) -> Spread:
     Returns:
         One entry for each dimension of `node`, True where in doubt.
     """
+    marks = _spread(node, source, given)
+    return tuple(map(all, zip(marks, everywhere(node), strict=True)))
+
+
+def _spread(node: Node, source: Node, given: Spread) -> Spread:
     name, before, after = op_name(node), _shape(source), _shape(node)
     rank = len(before)
     if len(given) != rank:

@@ -64,7 +64,7 @@ PICKS = {
 # Run over the dimensions that their second argument names, or over all.
 REDUCTIONS = {
     "aten::sum", "aten::mean", "aten::nansum", "aten::amax", "aten::amin", "aten::var",
-    "aten::std", "aten::prod", "aten::logsumexp", "aten::linalg_vector_norm",
+    "aten::std", "aten::prod", "aten::logsumexp", "aten::linalg_vector_norm", "aten::var_mean",
 }  # fmt: skip
 
 # Make a tensor from the shape of another, and none of its elements.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from pamm_compile.graph.dynamo import nested_graphs
-from pamm_compile.graph.joint import JointGraph, Parameter, matmul_operands, value
+from pamm_compile.graph.joint import JointGraph, Parameter, matmul_operands, shape_of, value
 from pamm_compile.graph.operands import Kind, carries_gradient
 from pamm_compile.graph.spread import Spread, everywhere, spread
 from pamm_compile.graph.vocabulary import (
@@ -135,7 +135,8 @@ class _Search:
                 continue
             if node in flow.learned:
                 self._name(node, factor, Reason.LEARNED_INPUT)
-            elif flow.operands.kind(other) is not Kind.CONSTANT:
+            elif flow.operands.kind(other) is not Kind.CONSTANT or flow.operands.is_fed(other):
+                # Constants are data too, unless the graph makes them.
                 self._name(node, factor, Reason.UNSUPPORTED_LAYOUT)
             if node in flow.learned or flow.operands.is_scaled(node):
                 # Still a weight.
@@ -227,8 +228,16 @@ def is_differentiated(joint: JointGraph, projection: Projection) -> bool:
                 derived.add(user)
                 stack.append(user)
     gradients = [w.gradient for w in projection.parameters if w.gradient is not None]
+
+    def multiplies(node: Node) -> bool:
+        read = derived.intersection(node.all_input_nodes)
+        if op_name(node) == "aten::mul":
+            # Over one token, a product of columns with rows.
+            return any(shape_of(factor) != shape_of(node) for factor in read)
+        return bool(read) and _is_product(node)
+
     return any(
-        _is_product(node) and not derived.isdisjoint(node.all_input_nodes)
+        multiplies(node)
         for node in joint.walk_back(gradients, lambda node: node not in joint.backward)
         if node in joint.backward
     )

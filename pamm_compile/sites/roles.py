@@ -311,12 +311,17 @@ class Roles:
             covered = {w for g in site.gradients for w in g.projection.parameters}
             for projection in site.projections:
                 trained = [w for w in projection.parameters if w.gradient is not None]
-                if not trained or projection.reason or not covered.isdisjoint(trained):
+                if not trained or not covered.isdisjoint(trained):
                     continue
-                factors = self.flow.projections.get(projection.node)
-                if not is_differentiated(self.joint, projection):
-                    projection.decline(Reason.NO_WEIGHT_GRAD, NO_GRADIENT)
-                elif factors is not None and factors.active:
-                    projection.decline(Reason.COMPUTED_WEIGHT)
-                else:
-                    projection.decline(Reason.UNSUPPORTED_LAYOUT)
+                if projection.reason in (None, Reason.NARROW_INPUT, Reason.NOT_OVER_TOKENS):
+                    self._decline_uncovered(projection)
+
+    def _decline_uncovered(self, projection: Projection) -> None:
+        factors = self.flow.projections.get(projection.node)
+        if not is_differentiated(self.joint, projection):
+            # What it reads does not matter then.
+            projection.reason, projection.detail = Reason.NO_WEIGHT_GRAD, NO_GRADIENT
+        elif factors is not None and factors.active:
+            projection.decline(Reason.COMPUTED_WEIGHT)
+        else:
+            projection.decline(Reason.UNSUPPORTED_LAYOUT)
