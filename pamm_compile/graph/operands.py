@@ -102,7 +102,8 @@ class Operands:
         picked = op_name(node) in PICKS or any(made.picked for made in sources)
         # Rows of an embedding and what is added to them are a residual stream.
         if self._spanned_by_weight(node) and not (picked and active):
-            return _Made(Kind.MIXED, leaves, fed=True, active=active, picked=picked)
+            product = any(made.product for made in sources)
+            return _Made(Kind.MIXED, leaves, True, product, active, picked)
         return _ACTIVATION
 
     def _spanned_by_weight(self, node: Node) -> bool:
@@ -145,10 +146,13 @@ class Operands:
         """Tell whether an activation is among what a value is made of."""
         return self._made[node].active
 
-    def is_plain(self, node: Node) -> bool:
-        """Tell whether a value is made of parameters alone, and of no product of them."""
+    def is_made(self, node: Node) -> bool:
+        """Tell whether a value is the result of a product, or picked by an input, or none of ours.
+
+        What is not is a parameter as it stands, or masked, scaled, sliced.
+        """
         made = self._made[node]
-        return made.kind is Kind.WEIGHT and not made.product
+        return made.kind not in (Kind.WEIGHT, Kind.MIXED) or made.product or made.picked
 
     def is_computed(self, node: Node) -> bool:
         """Tell whether a weight is the result of a matmul, or repeated over a batch.
@@ -212,6 +216,15 @@ class Operands:
 def carries_gradient(node: Node) -> bool:
     """Tell whether a value may carry a gradient: indices, masks and sizes do not."""
     return any(v.is_floating_point() or v.is_complex() for v in tensors_of(node))
+
+
+def passes(source: Node, node: Node) -> bool:
+    """Tell whether an operand's elements go on in a result, not broadcast over many."""
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return shape_of(source) == shape_of(node)
+    if op_name(node) == "aten::expand":
+        return squeezed(source) == squeezed(node)
+    return True
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from pamm_compile.graph.joint import JointGraph, matmul_operands, shape_of
-from pamm_compile.graph.operands import Kind, Operands, carries_gradient
+from pamm_compile.graph.operands import Kind, Operands, carries_gradient, passes
 from pamm_compile.graph.spread import reduced_dims, spread
 from pamm_compile.graph.vocabulary import (
     is_attention,
@@ -45,7 +45,7 @@ class Anchors:
                 continue
             if is_attention(node):
                 self.operands[node] = [arg for arg in node.args[:3] if isinstance(arg, Node)]
-            elif is_matmul(node) and self._may_be_product(node):
+            elif is_matmul(node) and self._may_be_product(node, of_data=True):
                 self._search(node)
 
     def _search(self, node: Node) -> None:
@@ -73,7 +73,8 @@ class Anchors:
     def _followed(self, node: Node) -> list[Node]:
         factors = self._operands.factors(node) if node in self._small else None
         sources = node.all_input_nodes if factors is None else [factors.activation]
-        return [source for source in sources if carries_gradient(source)]
+        # The sum of a softmax is read by every element, and has none of its own.
+        return [s for s in sources if carries_gradient(s) and passes(s, node)]
 
     def _small_weights(self) -> set[Node]:
         """Return the matmuls with a small weight on rows that few weights have.
@@ -91,9 +92,19 @@ class Anchors:
         most = max(weights.values(), default=0)
         return {node for node, size in rows.items() if 4 * weights[size] <= most}
 
-    def _may_be_product(self, node: Node) -> bool:
-        """Tell whether a matmul has two factors that each may be queries, keys or values."""
+    def _may_be_product(self, node: Node, *, of_data: bool = False) -> bool:
+        """Tell whether a matmul has two factors that each may be queries, keys or values.
+
+        Args:
+            node: the matmul.
+            of_data: whether one may be data, as the features are that a pool weighs.
+        """
         kinds = [self._operands.kind(factor) for factor in matmul_operands(node)]
+        if of_data:
+            kinds = [
+                Kind.ACTIVATION if self._operands.is_fed(factor) and kind is Kind.CONSTANT else kind
+                for kind, factor in zip(kinds, matmul_operands(node), strict=True)
+            ]
         plain = [
             kind is Kind.WEIGHT and not self._operands.is_computed(factor)
             for kind, factor in zip(kinds, matmul_operands(node), strict=True)

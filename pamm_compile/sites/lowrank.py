@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from pamm_compile.graph.operands import Kind
+from pamm_compile.graph.operands import Kind, passes
 from pamm_compile.graph.vocabulary import (
     CHAIN,
     is_embedding,
@@ -69,7 +69,7 @@ class LowRank:
             for source in self._flow.followed(node)
             if self._flow.operands.kind(source) in (Kind.ACTIVATION, Kind.MIXED)
         ]
-        own = [source for source in active if self._flow.passes(source, node)]
+        own = [source for source in active if passes(source, node)]
         if name in _PRODUCTS:
             # Statistics of a norm are numbers for many elements; a square has one operand twice.
             wanted = own if normed else active
