@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from pamm_compile.graph.joint import value
-from pamm_compile.graph.vocabulary import op_name
+from pamm_compile.graph.vocabulary import is_getitem, op_name
 from pamm_compile.private import aot
 
 # Not "is_backward": what only reads saved tensors could then run in the forward pass, and where a
@@ -106,7 +106,7 @@ class Inserter:
         """
         for node in nodes:
             node.meta["recompute"] = aot.MUST_SAVE
-            if op_name(node) == "":
+            if is_getitem(node):
                 node.all_input_nodes[0].meta["recompute"] = aot.MUST_SAVE
             with self.graph.inserting_after(cursor):
                 cursor = self.graph.call_function(

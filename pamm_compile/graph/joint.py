@@ -291,10 +291,6 @@ class JointGraph:
         """
         return [node for node in self._gradient_terms(parameter) if is_matmul(node)]
 
-    def is_sum_of(self, parameter: Parameter, matmuls: Iterable[Node]) -> bool:
-        """Tell whether a gradient is made of these matmuls and of nothing else."""
-        return not set(self._gradient_terms(parameter)).difference(matmuls)
-
     def _gradient_terms(self, parameter: Parameter) -> list[Node]:
         if parameter not in self._terms:
             starts = [] if parameter.gradient is None else [parameter.gradient]

@@ -2,7 +2,7 @@
 
 weight          of parameters alone (and of what the graph makes itself, such as a range)
 mixed weight    element by element of a parameter and of something else: a mask, a buffer, a
-                scale that is read off activations
+                scale that is read off activations; or rows of a parameter that an input picks
 constant        of inputs that nothing differentiates: buffers, masks, data
 activation      everything else
 """
@@ -19,6 +19,7 @@ from pamm_compile.graph.joint import JointGraph, Parameter, matmul_operands, sha
 from pamm_compile.graph.vocabulary import (
     CHAIN,
     MOVES,
+    PICKS,
     is_embedding,
     is_foreign,
     is_getitem,
@@ -49,6 +50,8 @@ class _Made:
     """Whether a weight is the result of a matmul."""
     active: bool = False
     """Whether an activation is among what a mixed weight is made of."""
+    picked: bool = False
+    """Whether its rows were picked by an input, as those of an embedding are by tokens."""
 
 
 _ACTIVATION = _Made(Kind.ACTIVATION, fed=True, active=True)
@@ -96,8 +99,11 @@ class Operands:
         active = any(made.active for made in sources)
         if not leaves and not active:
             return _Made(Kind.CONSTANT, fed=True)
-        if self._spanned_by_weight(node):
-            return _Made(Kind.MIXED, leaves, fed=True, active=active)
+        picked = op_name(node) in PICKS or any(made.picked for made in sources)
+        # Rows of an embedding and what is added to them are a residual stream.
+        if self._spanned_by_weight(node) and not (picked and active):
+            product = any(made.product for made in sources)
+            return _Made(Kind.MIXED, leaves, True, product, active, picked)
         return _ACTIVATION
 
     def _spanned_by_weight(self, node: Node) -> bool:
@@ -105,6 +111,8 @@ class Operands:
 
         So it does in a masked or normalised weight, and not where a parameter scales activations.
         """
+        if op_name(node) in PICKS:
+            return self._is_matrix_of_rows(node)
         if is_matmul(node) or is_other_product(node) or is_embedding(node) or is_foreign(node):
             return False
         weights = [s for s in node.all_input_nodes if self._made[s].leaves]
@@ -113,6 +121,15 @@ class Operands:
             return len(weights) == len(node.all_input_nodes)
         return any(shape_of(source) == shape_of(node) for source in weights)
 
+    def _is_matrix_of_rows(self, node: Node) -> bool:
+        """Tell whether a list of numbers picks the rows of a weight, for all tokens alike."""
+        table = node.args[0]
+        assert isinstance(table, Node)
+        made = self._made[table]
+        is_weight = made.kind in (Kind.WEIGHT, Kind.MIXED) and not made.active
+        is_matrix = len(shape_of(node) or ()) == 2
+        return is_weight and (is_matrix or shape_of(node) == shape_of(table))
+
     def kind(self, node: Node) -> Kind:
         """Return what a value is made of; what the backward pass makes counts as an activation."""
         return self._made[node].kind
@@ -120,6 +137,22 @@ class Operands:
     def parameters(self, node: Node) -> tuple[Parameter, ...]:
         """Return the parameters of a weight, mixed or not; none for anything else."""
         return tuple(self.joint.parameters[leaf] for leaf in sorted(self._made[node].leaves))
+
+    def is_fed(self, node: Node) -> bool:
+        """Tell whether an input of the graph that is no parameter enters a value."""
+        return self._made[node].fed
+
+    def is_active(self, node: Node) -> bool:
+        """Tell whether an activation is among what a value is made of."""
+        return self._made[node].active
+
+    def is_made(self, node: Node) -> bool:
+        """Tell whether a value is the result of a product, or picked by an input, or none of ours.
+
+        What is not is a parameter as it stands, or masked, scaled, sliced.
+        """
+        made = self._made[node]
+        return made.kind not in (Kind.WEIGHT, Kind.MIXED) or made.product or made.picked
 
     def is_computed(self, node: Node) -> bool:
         """Tell whether a weight is the result of a matmul, or repeated over a batch.
@@ -166,11 +199,12 @@ class Operands:
         is_weight = [self.kind(factor) is Kind.WEIGHT for factor in (left, right)]
         if is_weight == [False, False]:
             return None
-        if is_weight == [True, False] or (self._is_plain(left) and not self._is_plain(right)):
+        plain = [self._is_parameter(factor) for factor in (left, right)]
+        if is_weight == [True, False] or plain == [True, False]:
             left, right = right, left
         return Factors(left, right, self.parameters(right))
 
-    def _is_plain(self, node: Node) -> bool:
+    def _is_parameter(self, node: Node) -> bool:
         return self.joint.chain_of(node).base.op == "placeholder" and not self.is_computed(node)
 
     def is_scaled(self, node: Node) -> bool:
@@ -182,6 +216,15 @@ class Operands:
 def carries_gradient(node: Node) -> bool:
     """Tell whether a value may carry a gradient: indices, masks and sizes do not."""
     return any(v.is_floating_point() or v.is_complex() for v in tensors_of(node))
+
+
+def passes(source: Node, node: Node) -> bool:
+    """Tell whether an operand's elements go on in a result, not broadcast over many."""
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return shape_of(source) == shape_of(node)
+    if op_name(node) == "aten::expand":
+        return squeezed(source) == squeezed(node)
+    return True
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:

@@ -33,6 +33,15 @@ GRADIENT_PATH = CHAIN | {
     "aten::zeros_like",
 }  # fmt: skip
 
+# Of these, what neither scales nor shifts: a gradient behind them is a sum of what is before them.
+SUMMED = CHAIN | {
+    "aten::add", "aten::sum", "aten::cat", "aten::stack", "aten::slice", "aten::slice_scatter",
+    "aten::slice_backward", "aten::select", "aten::select_scatter", "aten::select_backward",
+    "aten::split", "aten::split_with_sizes", "aten::constant_pad_nd", "aten::unbind",
+    "aten::index_put", "aten::_unsafe_index_put", "aten::index_add", "aten::scatter_add",
+    "aten::embedding_dense_backward",
+}  # fmt: skip
+
 # Read a tensor's shape and none of its elements; the partitioner saves the numbers.
 SHAPE_READS = {
     "aten::sym_size", "aten::sym_stride", "aten::sym_numel", "aten::sym_storage_offset",
@@ -44,6 +53,18 @@ MOVES = CHAIN | {
     "aten::split_with_sizes", "aten::unbind", "aten::constant_pad_nd", "aten::narrow",
     "aten::as_strided", "aten::flip", "aten::roll", "aten::repeat", "aten::unfold",
     "aten::tril", "aten::triu", "aten::diagonal",
+}  # fmt: skip
+
+# Pick elements of the first operand by the numbers in the others.
+PICKS = {
+    "aten::index", "aten::_unsafe_index", "aten::index_select", "aten::gather", "aten::take",
+    "aten::take_along_dim", "aten::masked_select", "aten::embedding",
+}  # fmt: skip
+
+# Run over the dimensions that their second argument names, or over all.
+REDUCTIONS = {
+    "aten::sum", "aten::mean", "aten::nansum", "aten::amax", "aten::amin", "aten::var",
+    "aten::std", "aten::prod", "aten::logsumexp", "aten::linalg_vector_norm", "aten::var_mean",
 }  # fmt: skip
 
 # Make a tensor from the shape of another, and none of its elements.
@@ -70,6 +91,10 @@ _SUMS_IF = {
     "aten::index_put": (3, True), "aten::_unsafe_index_put": (3, True),
     "aten::scatter_reduce": (4, "sum"),
 }  # fmt: skip
+
+# Multiply the elements of one operand with those of another, or add these.
+SHIFTS = {*_SUMS, "aten::mul", "aten::div", "aten::where", "aten::pow", "aten::atan2"}
+
 _FOREACH_SUMS = {
     "aten::_foreach_add", "aten::_foreach_sub", "aten::_foreach_addcmul", "aten::_foreach_addcdiv",
     "aten::_foreach_lerp",
@@ -83,7 +108,7 @@ _MATMUL_OVERLOADS = {"default", "dtype"}
 _OTHER_PRODUCTS = re.compile(
     r"aten::(_?scaled_mm\w*|_?(scaled_)?grouped_mm|_scaled_grouped_mm\w*|addbmm|mv|addmv|_int_mm"
     r"|_weight_int\w+|linear|mkldnn_linear|bilinear|_trilinear|matmul|_sparse\w*mm|mm|bmm|addmm"
-    r"|baddbmm|_?convolution|einsum|tensordot)$"
+    r"|baddbmm|_?convolution|einsum|tensordot|_cdist_forward)$"
 )
 # Mix tokens, as attention does, by scans or transforms.
 _SCANS = re.compile(

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from pamm_compile.graph.joint import JointGraph, matmul_operands, shape_of, value
-from pamm_compile.graph.operands import Kind, Operands, carries_gradient
+from pamm_compile.graph.joint import JointGraph, matmul_operands, shape_of
+from pamm_compile.graph.operands import Kind, Operands, carries_gradient, passes
+from pamm_compile.graph.spread import reduced_dims, spread
 from pamm_compile.graph.vocabulary import (
     is_attention,
     is_convolution,
@@ -24,7 +25,8 @@ class Anchors:
     """The attention of a forward pass.
 
     Hand-written attention is a matmul whose one factor comes, through anything but matmuls, from an
-    exponential over a matmul of queries with keys. Either may be made of parameters alone.
+    exponential over a matmul of queries with keys. Either may be made of parameters alone; as
+    they stand, these are queries only if nothing else asks.
 
     Args:
         joint: the graph to read.
@@ -36,14 +38,14 @@ class Anchors:
         self.operands: dict[Node, list[Node]] = {}
         """Queries, keys and values, by the operator or the last product of each attention."""
         self.products: set[Node] = set()
-        """The matmuls of hand-written attention."""
+        """The matmuls of hand-written attention; those with a weight are projections too."""
         self._small = self._small_weights()
         for node in joint.nodes:
             if node in joint.backward:
                 continue
             if is_attention(node):
                 self.operands[node] = [arg for arg in node.args[:3] if isinstance(arg, Node)]
-            elif is_matmul(node) and self._may_be_product(node, None):
+            elif is_matmul(node) and self._may_be_product(node, of_data=True):
                 self._search(node)
 
     def _search(self, node: Node) -> None:
@@ -52,7 +54,11 @@ class Anchors:
             visited = list(self.joint.walk_back([weights], self._ends_scores, self._followed))
             exponentials = [n for n in visited if is_exponential(n)]
             matmuls = [n for n in visited if is_matmul(n)]
-            scores = [n for n in matmuls if self._may_be_product(n, exponentials)]
+            # What a weight makes of queries or keys is added to the scores of both, if there are
+            # such: relative positions, segments, slopes.
+            scores = [n for n in matmuls if self._may_be_product(n)] or [
+                n for n in matmuls if self._asks_tokens(n, exponentials, visited)
+            ]
             if exponentials and scores:
                 queries_and_keys = [factor for n in scores for factor in matmul_operands(n)]
                 self.operands[node] = [*queries_and_keys, values]
@@ -67,7 +73,8 @@ class Anchors:
     def _followed(self, node: Node) -> list[Node]:
         factors = self._operands.factors(node) if node in self._small else None
         sources = node.all_input_nodes if factors is None else [factors.activation]
-        return [source for source in sources if carries_gradient(source)]
+        # The sum of a softmax is read by every element, and has none of its own.
+        return [s for s in sources if carries_gradient(s) and passes(s, node)]
 
     def _small_weights(self) -> set[Node]:
         """Return the matmuls with a small weight on rows that few weights have.
@@ -85,48 +92,57 @@ class Anchors:
         most = max(weights.values(), default=0)
         return {node for node, size in rows.items() if 4 * weights[size] <= most}
 
-    def _may_be_product(self, node: Node, exponentials: list[Node] | None) -> bool:
+    def _may_be_product(self, node: Node, *, of_data: bool = False) -> bool:
         """Tell whether a matmul has two factors that each may be queries, keys or values.
 
         Args:
             node: the matmul.
-            exponentials: what stands behind it, if it may be the product of queries and keys.
+            of_data: whether one may be data, as the features are that a pool weighs.
         """
-        left, right = matmul_operands(node)
-        for factor, other in ((left, right), (right, left)):
-            kind = self._operands.kind(factor)
-            if kind is Kind.CONSTANT:
-                return False
-            if kind is not Kind.WEIGHT or self._operands.is_computed(factor):
-                continue
-            if exponentials is None or self._operands.kind(other) is Kind.WEIGHT:
-                return False
-            # The softmax of a router's scores x·W runs over columns of W. If it runs over tokens,
-            # W is queries.
-            if not any(self._runs_over(exp, node, factor is right) for exp in exponentials):
-                return False
-        return not (
-            self._operands.kind(left) is Kind.WEIGHT and self._operands.kind(right) is Kind.WEIGHT
-        )
+        kinds = [self._operands.kind(factor) for factor in matmul_operands(node)]
+        if of_data:
+            kinds = [
+                Kind.ACTIVATION if self._operands.is_fed(factor) and kind is Kind.CONSTANT else kind
+                for kind, factor in zip(kinds, matmul_operands(node), strict=True)
+            ]
+        plain = [
+            kind is Kind.WEIGHT and not self._operands.is_computed(factor)
+            for kind, factor in zip(kinds, matmul_operands(node), strict=True)
+        ]
+        return not (Kind.CONSTANT in kinds or any(plain) or kinds == [Kind.WEIGHT, Kind.WEIGHT])
 
-    def _runs_over(self, exponential: Node, scores: Node, columns_are_weights: bool) -> bool:
-        size = _normalised(exponential)
-        shape = shape_of(scores)
-        if size is None or shape is None:
+    def _asks_tokens(self, scores: Node, exponentials: list[Node], visited: list[Node]) -> bool:
+        """Tell whether a weight is the queries of tokens: whether the softmax runs over these.
+
+        That of a router's scores x·W, or of a kernel that is made for every token, runs over
+        columns of W.
+        """
+        factors = self._operands.factors(scores)
+        if factors is None or self._operands.kind(factors.weight) is not Kind.WEIGHT:
             return False
-        return bool(size != shape[-1 if columns_are_weights else -2])
+        is_right = factors.weight is matmul_operands(scores)[1]
+        rank = len(shape_of(scores) or ())
+        columns = {scores: (False,) * (rank - 2) + (not is_right, is_right)}
+        for node in sorted(n for n in visited if n > scores):
+            marks = [
+                spread(node, source, columns[source])
+                for source in node.all_input_nodes
+                if source in columns
+            ]
+            if marks:
+                columns[node] = tuple(map(any, zip(*marks, strict=True)))
+        over = ((exp, _normalised(exp)) for exp in exponentials if exp in columns)
+        return any(dim is not None and not columns[exp][dim] for exp, dim in over)
 
 
-def _normalised(exponential: Node) -> Any:
-    """Return the size of the dimension that a softmax runs over, whole or decomposed."""
-    dims: object
+def _normalised(exponential: Node) -> int | None:
+    """Return the dimension that a softmax runs over, whole or decomposed."""
+    rank = len(shape_of(exponential) or ())
+    reduction = exponential
     if op_name(exponential) == "aten::exp":
-        sums = [n for n in exponential.users if op_name(n) == "aten::sum" and len(n.args) > 1]
-        dims = sums[0].args[1] if sums else None
-    else:
-        dims = exponential.args[1] if len(exponential.args) > 1 else None
-    dim = dims[0] if isinstance(dims, list | tuple) and len(dims) == 1 else dims
-    shape = shape_of(exponential)
-    if not isinstance(dim, int) or shape is None or value(exponential).dim() == 0:
-        return None
-    return shape[dim]
+        sums = [n for n in exponential.users if op_name(n) == "aten::sum"]
+        if not sums:
+            return None
+        reduction = sums[0]
+    dims = reduced_dims(reduction, rank)
+    return dims.pop() if len(dims) == 1 else None

@@ -7,7 +7,7 @@ site of X      {q, k, v: A}  {gate: B}        two candidates, each storing X in 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
@@ -120,9 +120,8 @@ def _candidates(
 
 def _part(site: Site, nodes: set[Node]) -> Site:
     """Return a site with only some of its projections."""
-    return Site(
-        site.chain,
-        site.input,
-        [p for p in site.projections if p.node in nodes],
-        [g for g in site.gradients if g.projection.node in nodes],
+    return replace(
+        site,
+        projections=[p for p in site.projections if p.node in nodes],
+        gradients=[g for g in site.gradients if g.projection.node in nodes],
     )

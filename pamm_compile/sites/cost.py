@@ -22,18 +22,19 @@ def size_of(site: Site) -> Size:
     0 where only the data decide.
     """
     val = value(site.input)
+    tokens, features = site.shape
     outputs = []
     for gradient in site.gradients:
         # [m, n], or [n, m] where transposed; batched matmuls have a batch of one before these.
         rows, columns = value(gradient.node).shape[-2:]
         outputs.append(aot.size_hint(columns if gradient.transposed else rows) or 0)
     return Size(
-        tokens=aot.size_hint(val.shape[-2]) or 0,
-        features=aot.size_hint(val.shape[-1]) or 0,
+        tokens=aot.size_hint(tokens) or 0,
+        features=aot.size_hint(features) or 0,
         outputs=tuple(outputs),
         dtype=val.dtype,
         device=val.device.type,
-        symbolic=not isinstance(val.shape[-2], int),
+        symbolic=not isinstance(tokens, int),
     )
 
 

@@ -114,15 +114,17 @@ class _Judge:
         if any(aot.is_recomputed(node.meta.get("recompute")) for node in closure):
             return Reason.RECOMPUTED, ""
         # The last reasons, since what they depend on makes guards.
-        if aot.guarded(val.shape[-2] < min(self._options.min_tokens, _MOST_TOKENS)):
+        if aot.guarded(site.shape[0] < min(self._options.min_tokens, _MOST_TOKENS)):
             return Reason.TOO_FEW_TOKENS, f"{candidate.size.tokens} < {self._options.min_tokens}"
         if not candidate.size.symbolic:
             return self._loss(candidate.method, candidate.size)
         least = _least_tokens(lambda size: self._loss(candidate.method, size) is None, candidate)
-        if least is not None and aot.guarded(val.shape[-2] >= least):
+        if least is not None and aot.guarded(site.shape[0] >= least):
             return None
         at_hint = self._loss(candidate.method, candidate.size)
-        return at_hint or (Reason.NO_SAVING, f"fewer than {least} tokens")
+        in_time = self._options.goal == "speed"
+        reason = Reason.UNPROFITABLE if in_time else Reason.NO_SAVING
+        return at_hint or (reason, f"fewer than {least} tokens")
 
     def _loss(self, method: Method, size: Size) -> tuple[Reason, str] | None:
         if self._options.goal == "speed":

@@ -24,6 +24,7 @@ from pamm_compile.graph.operands import (
     Kind,
     Operands,
     carries_gradient,
+    passes,
     squeezed,
     tensors_of,
 )
@@ -37,7 +38,6 @@ from pamm_compile.graph.vocabulary import (
     is_other_product,
     is_partial_sum,
     is_scan,
-    op_name,
     summands,
 )
 from pamm_compile.sites.anchors import Anchors
@@ -85,7 +85,7 @@ class Flow:
         if carries_gradient(node):
             for source in self.followed(node):
                 behind |= self.behind(source)
-                if self._passes(source, node):
+                if passes(source, node):
                     through |= self.through(source)
         self._behind[node], self._through[node] = behind, through
         self._classify(node)
@@ -110,10 +110,13 @@ class Flow:
             self.residual.add(node)
 
     def _classify_matmul(self, node: Node) -> None:
-        if node in self.anchors.products:
-            return
         factors, learned = self.operands.factors(node), self.operands.learned_factors(node)
-        if factors is not None:
+        if node in self.anchors.products:
+            # A parameter may be the queries: a projection all the same. What is made of parameters
+            # by a product of their own is queries, keys or values alone.
+            if factors is not None and not self.operands.is_made(factors.weight):
+                self.projections[node] = factors
+        elif factors is not None:
             self.projections[node] = factors
         elif learned is not None:
             self.learned[node] = learned
@@ -200,15 +203,6 @@ class Flow:
     def segment(self, starts: Iterable[Node]) -> Iterable[Node]:
         """Yield what lies between values and the stops behind them, both included."""
         return self.joint.walk_back(starts, self.is_stop, self.followed)
-
-    def _passes(self, source: Node, node: Node) -> bool:
-        """Tell whether an operand's elements go on in a result, not broadcast over many."""
-        tags = getattr(node.target, "tags", ())
-        if torch.Tag.pointwise in tags:
-            return shape_of(source) == shape_of(node)
-        if op_name(node) == "aten::expand":
-            return squeezed(source) == squeezed(node)
-        return True
 
     # Residual sums ---------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from pamm_compile.graph.joint import (
@@ -23,7 +24,7 @@ from pamm_compile.graph.joint import (
 from pamm_compile.graph.operands import Factors
 from pamm_compile.graph.vocabulary import Extra, is_matmul, matmul_extra
 from pamm_compile.private import aot
-from pamm_compile.sites.reasons import Reason
+from pamm_compile.sites.reasons import Decline, Reason
 from pamm_compile.targets import Use
 
 
@@ -60,6 +61,15 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Unmatched:
+    """Trained weights of a product that is not read as a matmul with a weight."""
+
+    parameters: tuple[Parameter, ...]
+    uses: frozenset[Use]
+    decline: Decline
+
+
+@dataclass(frozen=True)
 class WeightGradient:
     """A backward matmul over tokens: dZᵀ·X, or Xᵀ·dZ where `transposed`."""
 
@@ -79,6 +89,8 @@ class Site:
     chain: Chain
     input: Node
     """X as the projections read it: [b, n], or [1, b, n] for batched matmuls."""
+    in_columns: bool = False
+    """Whether tokens are columns of `input`, as where W @ X is computed: it is Xᵀ then."""
     projections: list[Projection] = field(default_factory=list)
     gradients: list[WeightGradient] = field(default_factory=list)
 
@@ -86,6 +98,12 @@ class Site:
     def name(self) -> str:
         """The names of all parameters, in the order the forward pass uses them."""
         return ", ".join(dict.fromkeys(p.name for p in self.projections))
+
+    @property
+    def shape(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
+        """Tokens and features."""
+        rows, columns = value(self.input).shape[-2:]
+        return (columns, rows) if self.in_columns else (rows, columns)
 
 
 @dataclass(frozen=True)
@@ -129,6 +147,9 @@ def group(
 ) -> list[Site]:
     """Group projections that read one input, in graph order, with their weight gradients.
 
+        X @ Wᵀ   W @ Xᵀ     tokens are rows of X
+        W @ X    Xᵀ @ Wᵀ    tokens are columns of X
+
     Args:
         joint: the graph.
         projections: any of its projections.
@@ -136,13 +157,15 @@ def group(
             too.
 
     Returns:
-        One site for each chain.
+        One site for each chain, and arrangement of tokens.
     """
-    sites: dict[Chain, Site] = {}
+    sites: dict[tuple[Chain, bool], Site] = {}
     for projection in sorted(projections, key=lambda p: p.node):
-        stripped, _ = strip_transposes(projection.input)
+        stripped, odd = strip_transposes(projection.input)
         chain = joint.chain_of(stripped)
-        sites.setdefault(chain, Site(chain, stripped)).projections.append(projection)
+        in_columns = odd == (projection.input is matmul_operands(projection.node)[0])
+        site = sites.setdefault((chain, in_columns), Site(chain, stripped, in_columns))
+        site.projections.append(projection)
     for site in sites.values():
         site.gradients = _weight_gradients(joint, site, every)
     return list(sites.values())
@@ -161,7 +184,9 @@ def _weight_gradients(joint: JointGraph, site: Site, every: bool) -> list[Weight
             stripped, odd = strip_transposes(factor)
             # Xᵀ on the left or X on the right; else the sum is not over tokens. And with X on
             # both sides, X would be read all the same.
-            if odd != is_left or joint.chain_of(stripped) != site.chain or other in closure:
+            if (odd != site.in_columns) != is_left or other in closure:
+                continue
+            if joint.chain_of(stripped) != site.chain:
                 continue
             owner = next((p for p in trained if joint.only_reaches(node, p.parameters)), None)
             if owner is not None and extra is not None:

@@ -19,6 +19,7 @@ class Reason(enum.Enum):
     NO_WEIGHT_GRAD = (
         "the weight has no gradient (frozen)",
         "sites/decide",
+        "sites/leftovers",
         "sites/roles",
     )
     SHARED_INPUT = (
@@ -35,6 +36,7 @@ class Reason(enum.Enum):
     )
     NOT_A_PROJECTION = (
         "attention reads something that is not a matmul with a parameter",
+        "sites/leftovers",
         "sites/roles",
         "sites/targets",
     )
@@ -77,6 +79,7 @@ class Reason(enum.Enum):
     UNSUPPORTED_LAYOUT = (
         "the weight gradient is not a plain matmul over all tokens",
         "sites/decide",
+        "sites/leftovers",
         "sites/roles",
     )
     NOT_OVER_TOKENS = (
@@ -85,10 +88,12 @@ class Reason(enum.Enum):
     )
     LEARNED_INPUT = (
         "the input is computed from parameters alone",
+        "sites/leftovers",
         "sites/roles",
     )
     COMPUTED_WEIGHT = (
         "the weight is computed from activations, whose gradients would change too",
+        "sites/leftovers",
         "sites/roles",
     )
     UNCLEAR_TARGET = (

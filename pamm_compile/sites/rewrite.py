@@ -88,15 +88,15 @@ class _Rewriter:
 
     def store(self, plan: Plan, number: int) -> list[Node]:
         """Insert what the forward pass keeps in place of a site's input."""
-        x, method = plan.site.input, plan.method
+        x, method, flip = plan.site.input, plan.method, plan.site.in_columns
         outputs = size_of(plan.site).outputs
         device = value(x).device
         seed = self._seeds[device][number]
 
         def store(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-            return method.store(_matrix(x), seed, outputs)
+            return method.store(_matrix(x).t() if flip else _matrix(x), seed, outputs)
 
-        key = ("store", fingerprint(method), outputs)
+        key = ("store", fingerprint(method), outputs, flip)
         stored, cursor = self._inserter.insert(max(x, seed), store, [x, seed], FORWARD, key)
         self._inserter.keep_for_backward(stored, cursor)
         return stored

@@ -15,28 +15,20 @@ behind it is what feeds attention.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
-from pamm_compile.graph.joint import JointGraph, Parameter
+from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.operands import Factors, Kind, Operands
 from pamm_compile.graph.vocabulary import is_convolution, is_embedding, is_foreign, is_scan, op_name
 from pamm_compile.sites.anchors import Anchors
 from pamm_compile.sites.flow import Flow
-from pamm_compile.sites.projections import Projection, Sizes, group, sizes_of
+from pamm_compile.sites.leftovers import NO_GRADIENT, is_differentiated, leftovers
+from pamm_compile.sites.lowrank import LowRank
+from pamm_compile.sites.projections import Projection, Sizes, Unmatched, group, sizes_of
 from pamm_compile.sites.reasons import Decline, Reason
 from pamm_compile.targets import Use
-
-
-@dataclass(frozen=True)
-class Unmatched:
-    """Trained weights that an operator multiplies by which is not read as a matmul."""
-
-    parameters: tuple[Parameter, ...]
-    uses: frozenset[Use]
-    decline: Decline
 
 
 class Roles:
@@ -54,6 +46,8 @@ class Roles:
         self.unmatched: list[Unmatched] = []
         self._found: dict[Node, Projection] = {}
         self._sizes: dict[Node, Sizes] = {}
+        self._lowrank = LowRank(self.flow)
+        self._factors: dict[Node, list[Node]] = defaultdict(list)
         self._weights_over: dict[Any, int] = defaultdict(int)
         self._leads_to = self._destinations()
         self._streams = self._find_streams()
@@ -73,6 +67,7 @@ class Roles:
         self._find_unmatched()
         self.projections = [self._found[node] for node in sorted(self._found)]
         self._decline_what_has_no_gradient()
+        self.unmatched += leftovers(self.flow, self.projections, self.unmatched)
 
     def _add_learned(self, node: Node, factors: Factors) -> None:
         # The product of two factors of a weight is no projection: the weight's own matmul is.
@@ -88,27 +83,32 @@ class Roles:
         """Return the projections whose output another reads, streams left out.
 
         Not those that scale or shift many tokens at once: conditioning has rows of its own, and
-        takes no part in what a weight mixes or a factor narrows.
+        takes no part in what a weight mixes.
         """
-        read = self._read(node)
+        read = self.flow.through(self._found[node].input)
         return sorted(n for n in read if n in self._sizes and n not in self.flow.starts)
 
-    def _read(self, node: Node) -> frozenset[Node]:
-        """Return the stops whose own elements a projection reads."""
-        return self.flow.through(self._found[node].input)
+    def _decline_narrow(self, node: Node, *, normed: bool = False) -> None:
+        """Decline what reads a low-rank factor: the output of a projection that narrows.
 
-    def _decline_narrow(self, node: Node) -> None:
-        weights = self._weights_over[self._sizes[node].rows]
-        if not all(n in self._sizes and self._sizes[n].is_narrow for n in self._read(node)):
+        Args:
+            node: a projection.
+            normed: whether a norm may stand between, as in latent attention, if the factor is one
+                of the residual stream.
+        """
+        sources = self._lowrank.sources(self._found[node].input, normed=normed)
+        if not all(n in self._sizes and self._sizes[n].is_narrow for n in sources):
             # A sum or a product with something wide is not narrow.
             return
-        for other in self._before(node):
-            sizes = self._sizes[other]
+        weights = self._weights_over[self._sizes[node].rows]
+        for other in sorted(sources - self.flow.starts):
             # What combines parallel streams runs over features, not over tokens.
-            if sizes.is_narrow and self._weights_over[sizes.rows] >= weights:
-                detail = f"output of {self._found[other].name}"
-                self._found[node].decline(Reason.NARROW_INPUT, detail)
-                return
+            over_tokens = self._weights_over[self._sizes[other].rows] >= weights
+            if over_tokens and (not normed or self._lowrank.reads_stream(other)):
+                self._factors[node].append(other)
+        if self._factors[node]:
+            detail = f"output of {self._found[self._factors[node][0]].name}"
+            self._found[node].decline(Reason.NARROW_INPUT, detail)
 
     def _mixed(self, node: Node) -> list[Node]:
         """Return the projections whose heads or tokens a matmul mixes; none if it does not.
@@ -165,8 +165,9 @@ class Roles:
         if mixed:
             names = ", ".join(self._found[other].name for other in mixed)
             self._found[node].decline(Reason.NOT_OVER_TOKENS, f"output of {names}")
-        narrow = self._found[node].reason is Reason.NARROW_INPUT
-        for other in mixed or (self._before(node) if narrow else []):
+        if not self._factors[node]:
+            self._decline_narrow(node, normed=True)
+        for other in mixed or self._factors[node]:
             self._take(other)
 
     def _note(self, reason: Reason, what: str, detail: str = "") -> None:
@@ -267,10 +268,9 @@ class Roles:
         behind = {stop for value in inputs for stop in self.flow.through(value)}
         if not behind.isdisjoint(self.flow.anchors.operands):
             return True
-        is_factor = node in self._found and self._found[node].reason is Reason.NARROW_INPUT
-        return is_factor and any(
+        return any(
             self._reads_attention(other, (self._found[other].input,))
-            for other in self._before(node)
+            for other in self._factors[node]
         )
 
     def _gates(self, node: Node) -> bool:
@@ -309,21 +309,21 @@ class Roles:
 
     def _decline_what_has_no_gradient(self) -> None:
         """Give a reason to every trained projection whose weight gradient was not found."""
-        sites = group(self.joint, self.projections, every=True)
-        claimed = {g.node for site in sites for g in site.gradients}
-        for site in sites:
+        for site in group(self.joint, self.projections, every=True):
             covered = {w for g in site.gradients for w in g.projection.parameters}
             for projection in site.projections:
                 trained = [w for w in projection.parameters if w.gradient is not None]
-                if not trained or projection.reason or not covered.isdisjoint(trained):
+                if not trained or not covered.isdisjoint(trained):
                     continue
-                if all(self.joint.is_sum_of(w, claimed) for w in trained):
-                    detail = "this use of the weight is not differentiated"
-                    projection.decline(Reason.NO_WEIGHT_GRAD, detail)
-                elif (
-                    projection.node in self.flow.projections
-                    and self.flow.projections[projection.node].active
-                ):
-                    projection.decline(Reason.COMPUTED_WEIGHT)
-                else:
-                    projection.decline(Reason.UNSUPPORTED_LAYOUT)
+                if projection.reason in (None, Reason.NARROW_INPUT, Reason.NOT_OVER_TOKENS):
+                    self._decline_uncovered(projection)
+
+    def _decline_uncovered(self, projection: Projection) -> None:
+        factors = self.flow.projections.get(projection.node)
+        if not is_differentiated(self.joint, projection):
+            # What it reads does not matter then.
+            projection.reason, projection.detail = Reason.NO_WEIGHT_GRAD, NO_GRADIENT
+        elif factors is not None and factors.active:
+            projection.decline(Reason.COMPUTED_WEIGHT)
+        else:
+            projection.decline(Reason.UNSUPPORTED_LAYOUT)

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.rules import Target
-from pamm_compile.sites.projections import Projection
+from pamm_compile.sites.projections import Projection, Unmatched
 from pamm_compile.sites.reasons import Decline, Reason
-from pamm_compile.sites.roles import Roles, Unmatched
+from pamm_compile.sites.roles import Roles
 from pamm_compile.targets import TARGETS, Use
 
 

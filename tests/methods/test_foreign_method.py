@@ -58,6 +58,38 @@ def _run(backend: object) -> tuple[Tensor, dict[str, Tensor]]:
     return run.loss, run.grads
 
 
+@dataclass(frozen=True)
+class Everything(EverySecondRow):
+    """Keep X as it is."""
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        return (x,)
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        made = [grad.T @ stored[0] for grad in grads]
+        return [each.T if flip else each for each, flip in zip(made, transposed, strict=True)]
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["input of the graph", "made in it"])
+def test_what_is_stored_may_be_the_input_itself(first: bool) -> None:
+    layer = torch.nn.Linear(WIDTH, WIDTH)
+    model = torch.nn.Sequential(torch.nn.LayerNorm(WIDTH), layer) if first else layer
+    x, found = torch.randn(BATCH * LENGTH, WIDTH), []
+    ours = pamm_compile.backend(
+        rules={"linear": Everything()}, min_tokens=1, goal="any", base="aot_eager"
+    )
+    ours.report.clear()
+    for backend in ("aot_eager", ours):
+        torch._dynamo.reset()
+        layer.zero_grad()
+        torch.compile(model, backend=backend)(x).square().mean().backward()
+        found.append(layer.weight.grad.clone())  # type: ignore[union-attr]
+    assert len(ours.report.compressed) == 1
+    torch.testing.assert_close(*found)
+
+
 def test_it_works_end_to_end() -> None:
     backend = pamm_compile.backend(
         rules={"qkv": EverySecondRow()}, min_tokens=1, goal="memory", base="aot_eager"

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as hf
 from pamm_testing.forms import HEAD, Attention, _sdpa, join_heads, split_heads
-from pamm_testing.graphs import Both, Captured, capturing_backend, step
+from pamm_testing.graphs import Both, Captured, capturing_backend, look, step
 from pamm_testing.options import make_options
 from pamm_testing.zoo import BATCH, HEADS, LENGTH, VOCAB, WIDTH, causal
 from torch import Tensor, nn
@@ -251,6 +251,42 @@ def test_lora_compresses_a_and_keeps_b(dropout: float) -> None:
     assert compressed == {"q.a.weight", "v.a.weight"}
     reasons = _reasons(report)
     assert reasons["q.b.weight"] == reasons["v.b.weight"] == "NARROW_INPUT"
+
+
+_NARROWING: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "norm": lambda x: F.layer_norm(x, x.shape[-1:]),
+    "square": lambda x: x * x,
+    "concatenation": lambda x: torch.cat([x, x.flip(0)], -1),
+    "softmax": lambda x: x.softmax(-1),
+}
+
+
+@pytest.mark.parametrize("how", _NARROWING)
+def test_a_layer_that_narrows_makes_no_low_rank_factor(how: str) -> None:
+    class Narrowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(WIDTH, 8)
+            self.b = nn.Linear(16 if how == "concatenation" else 8, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(1.5 * _NARROWING[how](self.a(x))).square().mean()
+
+    assert "NARROW_INPUT" not in look(Narrowing(), _x(), "linear=pamm:4").reasons.values()
+
+
+def test_what_scales_and_masks_a_low_rank_factor_leaves_it_one() -> None:
+    class Factors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(WIDTH, 8), nn.Linear(8, WIDTH)
+            self.scale = nn.Parameter(torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.dropout(self.a(x) * self.scale, 0.1) / 2).square().mean()
+
+    assert look(Factors(), _x(), "linear=pamm:4").reasons == {"b.weight": "NARROW_INPUT"}
 
 
 class _Normalized(nn.Module):

@@ -11,8 +11,9 @@ from pamm_testing.forms import Attention, _sdpa
 from pamm_testing.graphs import Captured, capturing_backend, operators, step
 from pamm_testing.options import make_options
 from pamm_testing.zoo import BATCH, DECODERS, LAYERS, LENGTH, WIDTH, Case
-from torch import nn
+from torch import Tensor, nn
 
+import pamm_compile
 from pamm_compile.graph.insert import BACKWARD, FORWARD
 
 
@@ -103,3 +104,34 @@ def test_saved_bytes_fall_by_what_the_report_says() -> None:
     after = sum(site.bytes_after for site in ours.report.sites)
     # The seed is not saved; nothing else is saved in X's place.
     assert exact.saved_bytes() - ours.saved_bytes() == before - after
+
+
+class _Columns(nn.Module):
+    """Tokens are columns of X, written as W @ X or as Xᵀ @ Wᵀ, or a batch of one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.w, self.how = nn.Parameter(torch.randn(24, WIDTH) / 8), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "left":
+            return self.w @ x
+        return (x.mT @ self.w.mT).mT if self.how == "right" else torch.bmm(self.w[None], x[None])[0]
+
+
+@pytest.mark.parametrize("how", ["left", "right", "batch"])
+def test_tokens_may_be_columns(how: str) -> None:
+    """With every token a generator, the gradient is exact to rounding."""
+    model, x, found = _Columns(how), torch.randn(WIDTH, 48), []
+    ours = pamm_compile.backend(rules="linear=pamm:1", min_tokens=1, base="aot_eager", goal="any")
+    ours.report.clear()
+    for backend in ("aot_eager", ours):
+        torch._dynamo.reset()
+        model.zero_grad()
+        torch.compile(model, backend=backend)(x).square().mean().backward()
+        assert model.w.grad is not None
+        found.append(model.w.grad.clone())
+    (site,) = ours.report.compressed
+    assert (site.parameters, site.shape) == (("w",), (48, WIDTH))
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
