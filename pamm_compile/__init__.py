@@ -23,7 +23,7 @@ from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.methods.subspace import Subspace
 from pamm_compile.report import GraphReport, Note, Report, SiteReport, State
 from pamm_compile.sites.reasons import Reason
-from pamm_compile.torch_backend import Backend, backend
+from pamm_compile.torch_backend import Backend, backend, by_name
 
 __all__ = [
     "Arm",
@@ -55,6 +55,7 @@ __all__ = [
     "UnsupportedTrainerError",
     "__version__",
     "backend",
+    "by_name",
     "compare_memory",
     "explain",
     "fidelity",

@@ -22,6 +22,7 @@ from pamm_compile.inspect.observe import Observation, ObserveSites
 from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.methods.base import Method, exact_cost
 from pamm_compile.methods.sampling import content_seed
+from pamm_compile.names import Names
 from pamm_compile.rules import NAMED_TARGETS, Rule, make_rules
 
 _LOSS_HINT = "pass loss=lambda output: … that makes a scalar of what the model returns."
@@ -196,9 +197,9 @@ def fidelity(
             rows.append((observation.place, _compare(observation, method, draws)))
         bar.advance()
 
-    def observe(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
+    def observe(gm: GraphModule, inputs: Sequence[Any], names: Names) -> Compiled:
         step = ObserveSites(chosen, measure)
-        compiled = compile_graph(gm, inputs, Pipeline([step], names), mode=Mode.LOOK)
+        compiled = compile_graph(gm, inputs, Pipeline([step], names.by_key), mode=Mode.LOOK)
         bar.expect(step.sites)
         return compiled
 

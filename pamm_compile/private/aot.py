@@ -30,6 +30,7 @@ MUST_SAVE = CheckpointPolicy.MUST_SAVE
 
 _InstructionTranslator: Any = resolve("torch._dynamo.symbolic_convert:InstructionTranslator")
 _OptimizedModule: Any = resolve("torch._dynamo.eval_frame:OptimizedModule")
+_EVAL_FRAME: str = _OptimizedModule.__init__.__code__.co_filename
 _Module: Any = resolve("torch.nn.modules.module:Module")
 _MODULE_CALLS = {_Module._wrapped_call_impl.__code__, _Module._call_impl.__code__}
 _statically_known_true: Any = resolve("torch.fx.experimental.symbolic_shapes:statically_known_true")
@@ -147,6 +148,21 @@ def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
         original: torch.nn.Module = module._orig_mod
         return original
     return module if module._compiled_call_impl is not None else None
+
+
+def backend_in_use() -> object:
+    """Return the backend of the innermost compiled function that Python is in; None outside."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _EVAL_FRAME and "callback" in code.co_freevars:
+            found = frame.f_locals["callback"]
+            while hasattr(found, "_torchdynamo_orig_backend"):
+                found = found._torchdynamo_orig_backend
+            # What torch.compile puts around a backend, for its mode and options.
+            return getattr(found, "compiler_fn", found)
+        frame = frame.f_back
+    return None
 
 
 def size_hint(size: int | torch.SymInt) -> int | None:

@@ -23,7 +23,7 @@ class Reason(enum.Enum):
     UNKNOWN_TOKENS = "the number of tokens is not known before the graph runs"
     NESTED_REGION = "the weight is used in a region that is compiled on its own"
     OWN_GRADIENTS = "the graph computes gradients itself, and is left alone"
-    AMBIGUOUS_NAME = "one graph runs for all modules of a class, which no pattern tells apart"
+    AMBIGUOUS_NAME = "one graph runs for several modules, and its names are those of one of them"
     UNSUPPORTED_LAYOUT = "the weight gradient is not a plain matmul over all tokens"
     NOT_OVER_TOKENS = "the weight mixes heads or tokens of a projection's output"
     LEARNED_INPUT = "the input is computed from parameters alone"
