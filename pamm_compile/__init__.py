@@ -4,6 +4,7 @@ from pamm_compile._version import __version__
 from pamm_compile.errors import (
     InvalidOptionError,
     MeasurementError,
+    MethodError,
     NothingMatchedError,
     PammError,
     UnknownReportError,
@@ -36,6 +37,7 @@ __all__ = [
     "MeasurementError",
     "MemoryUse",
     "Method",
+    "MethodError",
     "Note",
     "NothingMatchedError",
     "Pamm",

@@ -20,6 +20,7 @@ from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.observe import Observation, ObserveSites
 from pamm_compile.inspect.undisturbed import undisturbed
+from pamm_compile.methods import checked
 from pamm_compile.methods.base import Method, exact_cost
 from pamm_compile.methods.sampling import content_seed
 from pamm_compile.names import Names
@@ -225,8 +226,9 @@ def _compare(observation: Observation, method: Method, draws: int) -> SiteFideli
     norm = exact.norm()
     squares, cosines, total = [], [], torch.zeros_like(exact)
     for draw in range(draws):
-        stored = method.store(x, content_seed(x, draw), size.outputs)
-        found = _flat(method.weight_gradients(stored, grads, [False] * len(grads)))
+        stored = checked.store(method, x, content_seed(x, draw), size.outputs)
+        kept = [False] * len(grads)
+        found = _flat(checked.weight_gradients(method, stored, grads, kept, size.features))
         total += found
         squares.append(_ratio((found - exact).norm(), norm) ** 2)
         cosines.append(_ratio(found @ exact, found.norm() * norm))
