@@ -72,7 +72,14 @@ def make_pipeline(
     if gm is not None and differentiates(gm):
         note = Note(Reason.OWN_GRADIENTS.name, "gradients")
         alone = GraphReport(notes=(note,), state=State.OWN_GRADIENTS)
-    return Pipeline(passes, names, names_matter=by_name, left_alone=alone, apply=apply)
+    return Pipeline(
+        passes,
+        names,
+        names_matter=by_name,
+        left_alone=alone,
+        apply=apply,
+        cacheable=options.is_cacheable,
+    )
 
 
 def compile_graph(

@@ -89,7 +89,7 @@ class Backend:
         names = names_of(gm)
         pipeline = make_pipeline(self.options, names.by_key, self.passes, gm=gm)
         # Without Inductor no cache answers in the passes' place.
-        cached = self.options.base == "inductor"
+        cached = self.options.base == "inductor" and pipeline.cacheable
         recorded = RecordedReport(gm, pipeline, example_inputs) if cached else None
         compiled = compile_graph(
             gm, example_inputs, pipeline, base=self.options.base, settings=chosen

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from pamm_compile.graph.insert import BACKWARD, FORWARD, Inserter, replace_node
 from pamm_compile.graph.joint import strip_transposes, value
 from pamm_compile.graph.vocabulary import Extra
-from pamm_compile.methods import checked, fingerprint
+from pamm_compile.methods import checked
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.draws import content_seed, site_seeds
 from pamm_compile.private import aot
@@ -96,7 +96,7 @@ class _Rewriter:
         def store(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
             return checked.store(method, _matrix(x), seed, outputs)
 
-        key = ("store", fingerprint(method), outputs)
+        key = ("store", id(method), outputs)
         stored, cursor = self._inserter.insert(max(x, seed), store, [x, seed], FORWARD, key)
         self._inserter.keep_for_backward(stored, cursor)
         return stored
@@ -112,7 +112,7 @@ class _Rewriter:
         features = value(plan.site.input).shape[-1]
         function = _replacement(method, len(stored), features, flips, transposed, vals, extras)
         shapes = tuple((str(v.shape), v.dtype) for v in vals)
-        key = ("gradients", fingerprint(method), flips, transposed, len(stored), shapes, extras)
+        key = ("gradients", id(method), flips, transposed, len(stored), shapes, extras)
         last = max(gradients, key=lambda g: g.node).node
         new, _ = self._inserter.insert(last, function, [*stored, *grads, *addends], BACKWARD, key)
         for gradient, node in zip(gradients, new, strict=True):
