@@ -4,6 +4,7 @@ from pamm_compile._version import __version__
 from pamm_compile.errors import (
     InvalidOptionError,
     MeasurementError,
+    MethodError,
     NothingMatchedError,
     PammError,
     UnknownReportError,
@@ -24,7 +25,7 @@ from pamm_compile.methods.subspace.method import Subspace
 from pamm_compile.report import GraphReport, Note, Report, SiteReport, State
 from pamm_compile.sites.reasons import Reason
 from pamm_compile.size import Cost, Size
-from pamm_compile.torch_backend import Backend, backend
+from pamm_compile.torch_backend import Backend, backend, by_name
 
 __all__ = [
     "Arm",
@@ -37,6 +38,7 @@ __all__ = [
     "MeasurementError",
     "MemoryUse",
     "Method",
+    "MethodError",
     "Note",
     "NothingMatchedError",
     "Pamm",
@@ -56,6 +58,7 @@ __all__ = [
     "UnsupportedTrainerError",
     "__version__",
     "backend",
+    "by_name",
     "compare_memory",
     "explain",
     "fidelity",

@@ -11,6 +11,7 @@ import contextlib
 import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from pamm_compile.checks import unknown_option
 from pamm_compile.devices import device_named
 from pamm_compile.graph.dynamo import differentiates, has_nested_graphs
 from pamm_compile.graph.pipeline import GraphPass, PassChain, Pipeline
-from pamm_compile.names import names_of
+from pamm_compile.names import Names, names_of
 from pamm_compile.options import Options
 from pamm_compile.private import aot, inductor
-from pamm_compile.report import GraphReport, Note, State
+from pamm_compile.report import GraphReport, Note, State, brief
 from pamm_compile.sites.compress import CompressInputs
 from pamm_compile.sites.reasons import Reason
 
@@ -48,7 +49,6 @@ def make_pipeline(
     further: Sequence[GraphPass] = (),
     *,
     gm: GraphModule | None = None,
-    shared: str = "",
     device: str | None = None,
     apply: bool = True,
 ) -> Pipeline:
@@ -59,7 +59,6 @@ def make_pipeline(
         names: name of every parameter, by its input key.
         further: passes of the user's, behind ours.
         gm: the graph, to say more of it if it has no backward pass.
-        shared: class of the modules that share the graph, see `names.Names`.
         device: GPU whose times are reported, see `devices.device_named`; None for that at hand.
         apply: False only reports.
 
@@ -68,12 +67,19 @@ def make_pipeline(
     """
     by_name = options.selects_by_name
     gpu = None if device is None else device_named(device)
-    passes = [CompressInputs(options, shared if by_name else "", gpu), *further]
+    passes = [CompressInputs(options, gpu), *further]
     alone = None
     if gm is not None and differentiates(gm):
         note = Note(Reason.OWN_GRADIENTS.name, "gradients")
         alone = GraphReport(notes=(note,), state=State.OWN_GRADIENTS)
-    return Pipeline(passes, names, names_matter=by_name, left_alone=alone, apply=apply)
+    return Pipeline(
+        passes,
+        names,
+        names_matter=by_name,
+        left_alone=alone,
+        apply=apply,
+        cacheable=options.is_cacheable,
+    )
 
 
 def compile_graph(
@@ -152,10 +158,34 @@ def found(pipeline: Pipeline) -> GraphReport:
     return pipeline.report or pipeline.left_alone
 
 
+def with_names_told_apart(report: GraphReport, names: Names, options: Options) -> GraphReport:
+    """Add a note to the report of a graph that may run for other parameters than it names.
+
+    Args:
+        report: what was found.
+        names: of the graph's parameters.
+        options: what the user chose.
+
+    Returns:
+        The report, with a note of the parameters that are compressed, or of all if rules go by
+        name.
+    """
+    compressed = {name for site in report.sites if site.compressed for name in site.parameters}
+    meant = [
+        brief(others)
+        for name, others in names.others.items()
+        if options.selects_by_name or name in compressed
+    ]
+    if not meant or report.state is not State.TRAINING:
+        return report
+    note = Note(Reason.AMBIGUOUS_NAME.name, ", ".join(meant))
+    return replace(report, notes=(*report.notes, note))
+
+
 def visit(
     model: torch.nn.Module,
     call: Callable[[torch.nn.Module], Any],
-    compile_one: Callable[[GraphModule, Sequence[Any], dict[str, str]], Compiled],
+    compile_one: Callable[[GraphModule, Sequence[Any], Names], Compiled],
 ) -> Any:
     """Call a model once, every graph of it compiled by a function, and leave no trace.
 
@@ -174,7 +204,7 @@ def visit(
     known = {id(parameter): name for name, parameter in model.named_parameters()}
 
     def backend(gm: GraphModule, inputs: list[Any]) -> Compiled:
-        return compile_one(gm, inputs, names_of(gm, known).by_key)
+        return compile_one(gm, inputs, names_of(gm, known))
 
     torch.compiler.reset()
     try:

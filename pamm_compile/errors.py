@@ -27,6 +27,10 @@ class MeasurementError(PammError, RuntimeError):
     """What was to be measured did not happen, or cannot be measured as asked."""
 
 
+class MethodError(PammError, RuntimeError):
+    """A method failed, wrote to what it was given, or returned something that it may not."""
+
+
 class UnsupportedTrainerError(PammError, RuntimeError):
     """A trainer is set up in a way that compiled code cannot be used in."""
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeGuard
 
 from torch import nn
 from torch.fx import GraphModule
@@ -27,7 +28,11 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Wrappers of a whole model, which name it "module".
 _PARALLEL = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"}
 
+# Whose items no path of attributes leads to.
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
 _ROOT = re.compile(r"[LG]\['(\w+)'\]")
+_STEP = re.compile(r"\.(\w+)|\[(\d+)\]|\['([^']*)'\]")
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(\w+)_at_\d+")
 
 
@@ -37,10 +42,10 @@ class Names:
 
     by_key: dict[str, str]
     """The name of every parameter, by its input key."""
-    shared: str = ""
-    """If the graph runs for several modules of one class, whose first the names are of: its class.
+    others: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By name, those of all parameters that the graph may run for in its place, if there are any.
 
-    Dynamo compiles a method once for all modules alike, which shows only behind a graph break."""
+    Dynamo compiles a function once for all modules alike, which shows only behind a graph break."""
 
 
 def names_of(gm: GraphModule, known: Mapping[int, str] | None = None) -> Names:
@@ -62,8 +67,9 @@ def names_of(gm: GraphModule, known: Mapping[int, str] | None = None) -> Names:
     own = {id(p) for p in innermost.parameters()} if innermost is not None else set()
     found = _of(outermost) if outermost is not None else {}
     frame = aot.dynamo_frame()
+    alike = _Alike(outermost, found)
 
-    by_key = {}
+    by_key, others = {}, {}
     for position, (example, source) in enumerate(aot.dynamo_inputs(gm)):
         if not isinstance(example, nn.Parameter):
             continue
@@ -73,9 +79,11 @@ def names_of(gm: GraphModule, known: Mapping[int, str] | None = None) -> Names:
         if name is None:
             name = _through_root(source, example, frame) or f"input {position}"
         by_key[aot.plain_input_key(position)] = name
+        if further := alike.names(example, source, frame):
+            others[name] = further
     for name, _ in gm.named_parameters():
         by_key[f"parameter:{name}"] = name
-    return Names(by_key, _shared(innermost, outermost))
+    return Names(by_key, others)
 
 
 def readable(source: str) -> str:
@@ -126,12 +134,108 @@ def _is_receiver(variable: str, value: object, function: str) -> bool:
     return code is not None and code.co_varnames[:1] == (variable,)
 
 
-def _shared(innermost: nn.Module | None, outermost: nn.Module | None) -> str:
-    if innermost is None or outermost is None:
-        return ""
-    inner, outer = _unwrapped(innermost), _unwrapped(outermost)
-    alike = sum(type(module) is type(inner) for module in outer.modules())
-    return type(inner).__name__ if inner is not outer and alike > 1 else ""
+class _Alike:
+    """Finds the parameters that a graph may run for in place of those that it was compiled with.
+
+    What is reached from the outermost module by a path of attributes is the same at every call.
+    What is reached from another variable is whatever stands there: the layer of a loop, say.
+
+    Args:
+        outermost: the first module of those being called.
+        names: of its parameters, by `id`.
+    """
+
+    def __init__(self, outermost: nn.Module | None, names: Mapping[int, str]) -> None:
+        self._outermost = None if outermost is None else _unwrapped(outermost)
+        self._names = names
+        self._paths: dict[int, str] = {}
+        self._by_class: dict[type, list[nn.Module]] = {}
+        if self._outermost is not None:
+            self._paths = {id(p): path for path, p in self._outermost.named_parameters()}
+            for module in self._outermost.modules():
+                self._by_class.setdefault(type(module), []).append(module)
+
+    def names(
+        self, parameter: nn.Parameter, source: str, frame: tuple[str, Mapping[str, object]] | None
+    ) -> tuple[str, ...]:
+        """Return the names of one and of those that may stand in its place; none if none may."""
+        if not source or id(parameter) not in self._paths:
+            return ()
+        value = None if frame is None else _first_module(source, frame[1])
+        if self._stays(parameter, source, value):
+            return ()
+        found: dict[str, None] = {}
+        for module, rest in self._roots(parameter, source, value):
+            for each in self._by_class[type(module)]:
+                other = _parameter_at(each, rest)
+                if _looks_like(other, parameter) and (name := self._names.get(id(other))):
+                    found[name] = None
+        return tuple(found) if len(found) > 1 else ()
+
+    def _stays(self, parameter: nn.Parameter, source: str, value: nn.Module | None) -> bool:
+        """Tell whether the expression gives the same parameter at every call."""
+        if source.startswith("G"):
+            return True
+        if value is None or _unwrapped(value) is not self._outermost:
+            return False
+        # Under another name than its own, an attribute holds now this module, now that.
+        read, own = _clean(readable(source)), _clean(self._paths[id(parameter)])
+        return f".{read}".endswith(f".{own}") or f".{own}".endswith(f".{read}")
+
+    def _roots(
+        self, parameter: nn.Parameter, source: str, value: nn.Module | None
+    ) -> Iterator[tuple[nn.Module, str]]:
+        """Yield the module that stands in the variable, and the parameter's path in it."""
+        if value is not None and _unwrapped(value) is not self._outermost:
+            inner = {id(p): path for path, p in value.named_parameters()}
+            if type(value) in self._by_class and id(parameter) in inner:
+                yield value, inner[id(parameter)]
+                return
+        # An iterator, say: the outermost module within which both paths are the same.
+        levels = self._paths[id(parameter)].split(".")
+        read = f".{readable(source)}"
+        for depth in range(1, len(levels)):
+            rest = ".".join(levels[depth:])
+            module = self._outermost.get_submodule(".".join(levels[:depth]))  # type: ignore[union-attr]
+            if read.endswith(f".{rest}") and not isinstance(module, _CONTAINERS):
+                yield module, rest
+                return
+
+
+def _first_module(source: str, variables: Mapping[str, object]) -> nn.Module | None:
+    """Return the first module on the way of one of Dynamo's expressions from a local variable."""
+    root = _ROOT.match(source)
+    if root is None:
+        return None
+    value = variables.get(root[1])
+    for attribute, index, key in _STEP.findall(source[root.end() :]):
+        if isinstance(value, nn.Module):
+            break
+        # Nothing here may run code of the user's, or fail.
+        if attribute:
+            value = getattr(value, "__dict__", {}).get(attribute)
+        elif isinstance(value, Mapping):
+            value = value.get(key or int(index or 0))
+        elif isinstance(value, Sequence) and index and int(index) < len(value):
+            value = value[int(index)]
+    return value if isinstance(value, nn.Module) else None
+
+
+def _parameter_at(module: nn.Module, path: str) -> object:
+    value: object = module
+    for level in path.split("."):
+        value = getattr(value, level, None)
+    return value
+
+
+def _looks_like(other: object, parameter: nn.Parameter) -> TypeGuard[nn.Parameter]:
+    """Tell whether Dynamo's guards for one parameter hold for another."""
+    return (
+        isinstance(other, nn.Parameter)
+        and other.shape == parameter.shape
+        and other.dtype == parameter.dtype
+        and other.requires_grad == parameter.requires_grad
+    )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -63,6 +63,11 @@ class Options:
         """Whether the names of parameters decide what is compressed."""
         return any(rule.selects_by_name for rule in self.rules)
 
+    @property
+    def is_cacheable(self) -> bool:
+        """Whether the fingerprint holds all code of the methods, so that caches may be used."""
+        return all(rule.is_cacheable for rule in self.rules)
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Return the option names that `backend` and `options={"pamm.…": …}` take."""

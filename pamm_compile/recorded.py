@@ -42,7 +42,7 @@ class RecordedReport:
     """
 
     def __init__(self, gm: GraphModule, pipeline: Pipeline, inputs: list[Any]) -> None:
-        text = [pipeline.uuid(), torch.__version__]
+        text = [pipeline.digest(), torch.__version__]
         # Code has no comments, which would name files and lines.
         text += [part.code for part in gm.modules() if isinstance(part, GraphModule)]
         text += [f"{k} {v}" for k, v in pipeline.parameter_names.items()]

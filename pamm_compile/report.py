@@ -208,7 +208,7 @@ class Report:
 
 def _row(site: SiteReport) -> tuple[str, ...]:
     shape = " × ".join(str(size) if size else "?" for size in site.shape)
-    head = (_brief(site.parameters), shape, site.dtype)
+    head = (brief(site.parameters), shape, site.dtype)
     detail = f" ({site.detail})" if site.detail else ""
     if site.compressed:
         sizes = (_size(site.bytes_before), _size(site.bytes_after) + detail)
@@ -217,8 +217,8 @@ def _row(site: SiteReport) -> tuple[str, ...]:
     return (*head, "-", "-", _size(site.bytes_before), f"{site.reason}{detail}")
 
 
-def _brief(names: Sequence[str]) -> str:
-    """Join names, writing what they begin and end with only once: a.{q,k,v}.weight."""
+def brief(names: Sequence[str]) -> str:
+    """Return names joined, what they begin and end with written once: a.{q,k,v}.weight."""
     if len(names) < 2:
         return "".join(names)
     parts = [name.split(".") for name in names]

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from pamm_compile import checks
 from pamm_compile.errors import InvalidOptionError
-from pamm_compile.methods import METHODS, fingerprint
+from pamm_compile.methods import METHODS
 from pamm_compile.methods.base import Method
+from pamm_compile.methods.identity import identity
 from pamm_compile.targets import TARGETS
 
 Target = str | re.Pattern[str]
@@ -40,11 +41,16 @@ class Rule:
     @property
     def fingerprint(self) -> str:
         """Everything that changes what the rule does."""
-        method = _EXACT if self.method is None else fingerprint(self.method)
+        method = _EXACT if self.method is None else identity(self.method).text
         if isinstance(self.target, re.Pattern):
             # repr() of a pattern ends after 200 characters.
             return f"/{self.target.pattern!r}/{self.target.flags} {method}"
         return f"{self.target} {method}"
+
+    @property
+    def is_cacheable(self) -> bool:
+        """Whether the fingerprint holds all of the method's code."""
+        return self.method is None or identity(self.method).is_known
 
     def __str__(self) -> str:
         target = self.target if isinstance(self.target, str) else f"/{self.target.pattern}/"

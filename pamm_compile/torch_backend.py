@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never
 
 from torch.fx import GraphModule
 
 from pamm_compile.checks import unknown_option
-from pamm_compile.driver import PREFIX, compile_graph, found, inductor_settings, make_pipeline
+from pamm_compile.driver import (
+    PREFIX,
+    compile_graph,
+    found,
+    inductor_settings,
+    make_pipeline,
+    with_names_told_apart,
+)
 from pamm_compile.environment import options_from_environment
 from pamm_compile.errors import NothingMatchedError, UnknownReportError
 from pamm_compile.graph.pipeline import GraphPass
@@ -19,7 +28,7 @@ from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import Sampling
 from pamm_compile.names import names_of
 from pamm_compile.options import ONE_RULE, Base, Goal, Options
-from pamm_compile.private import inductor
+from pamm_compile.private import aot, inductor
 from pamm_compile.recorded import RecordedReport
 from pamm_compile.report import GraphReport, Report, State
 from pamm_compile.rules import Target
@@ -30,10 +39,13 @@ log = logging.getLogger("pamm_compile")
 class Backend:
     """What `backend` returns; torch.compile calls it with every graph that Dynamo captures.
 
+    Backends of equal options compare equal, so that Dynamo lets what one compiled serve another.
+
     Attributes:
         options: what was chosen.
         passes: of the user's, over the joint graph, behind ours.
-        report: what was compiled so far, shared by everything compiled with these options.
+        report: of every graph that was compiled with this object, or that ran under it though an
+            equal one had compiled it.
     """
 
     def __init__(
@@ -49,6 +61,17 @@ class Backend:
         self.__name__ = "pamm"
         self._mode = mode
         self._settings = settings
+        own = [f"{each.name} {each.fingerprint}" for each in passes]
+        self._key = "\n".join([options.fingerprint, repr((mode, settings)), *own])
+        # What the report holds already.
+        self._shown: set[object] = set()
+        _made[self._key] += 1
+
+    def __eq__(self, other: object) -> bool:
+        return self._key == other._key if isinstance(other, Backend) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key)
 
     def __repr__(self) -> str:
         return f"pamm_compile.backend({self.options})"
@@ -65,17 +88,15 @@ class Backend:
         mode, settings = mode or self._mode, {**dict(self._settings), **(options or {})}
         chosen = inductor_settings(mode, settings)
         names = names_of(gm)
-        pipeline = make_pipeline(
-            self.options, names.by_key, self.passes, gm=gm, shared=names.shared
-        )
+        pipeline = make_pipeline(self.options, names.by_key, self.passes, gm=gm)
         # Without Inductor no cache answers in the passes' place.
-        cached = self.options.base == "inductor"
+        cached = self.options.base == "inductor" and pipeline.cacheable
         recorded = RecordedReport(gm, pipeline, example_inputs) if cached else None
         compiled = compile_graph(
             gm, example_inputs, pipeline, base=self.options.base, settings=chosen
         )
         report = recorded.settle(pipeline.report) if recorded else found(pipeline)
-        self.report.add(report)
+        report = with_names_told_apart(report, names, self.options)
         log.info("%s", report.summary())
         if report.sites or report.notes:
             log.debug("\n%s", Report([report]))
@@ -84,9 +105,36 @@ class Backend:
             metadata_fn=lambda: {"name": "pamm_compile_report", "encoding": "json"},
             payload_fn=lambda: json.dumps(report.to_dict()),
         )
+        run = self._shown_where_it_runs(compiled, report)
         if self.options.strict:
             check_strict(report)
-        return compiled
+        return run
+
+    def _shown_where_it_runs(
+        self, compiled: Callable[..., Any], report: GraphReport
+    ) -> Callable[..., Any]:
+        """Let a compiled graph add its report to that of every equal backend that it runs under."""
+        graph = object()
+        self._show(graph, report)
+
+        @functools.wraps(compiled)
+        def run(*args: Any) -> Any:
+            if _made[self._key] > 1:
+                user = aot.backend_in_use()
+                if isinstance(user, Backend) and user is not self and user == self:
+                    user._show(graph, report)
+            return compiled(*args)
+
+        return run
+
+    def _show(self, graph: object, report: GraphReport) -> None:
+        if graph not in self._shown:
+            self._shown.add(graph)
+            self.report.add(report)
+
+
+# How many backends there are of each kind: where there is one, nobody else can be in use.
+_made: Counter[str] = Counter()
 
 
 def backend(
@@ -117,8 +165,8 @@ def backend(
         rules = {"qkv": Pamm(ratio=256), "mlp": Pamm(ratio=64)}
         model = torch.compile(model, backend=pamm_compile.backend(rules=rules))
 
-    The same arguments give the same object, so that blocks compiled one by one share code; its
-    `report` says what was matched.
+    Every call gives an object whose `report` says what was matched. Objects of the same arguments
+    compare equal, so that blocks compiled one by one share code.
 
     Args:
         ratio: b / k, tokens per generator, at least 1; k = ceil(b / ratio).
@@ -181,22 +229,7 @@ def backend(
         }
     )
     inductor_settings(mode, options)
-    return _shared(chosen, mode, tuple(sorted((options or {}).items())), tuple(passes))
-
-
-# Unbounded on purpose: a forgotten backend would be made anew and its compiled code missed.
-_BACKENDS: dict[str, Backend] = {}
-
-
-def _shared(
-    options: Options,
-    mode: str | None = None,
-    settings: tuple[tuple[str, Any], ...] = (),
-    passes: tuple[GraphPass, ...] = (),
-) -> Backend:
-    own = [f"{each.name} {each.fingerprint}" for each in passes]
-    key = "\n".join([options.fingerprint, repr((mode, settings)), *own])
-    return _BACKENDS.setdefault(key, Backend(options, mode, settings, passes))
+    return Backend(chosen, mode, tuple(sorted((options or {}).items())), tuple(passes))
 
 
 def named_backend(
@@ -225,8 +258,35 @@ def named_backend(
         InvalidOptionError: a value is not allowed, or a name is unknown, here or in the
             environment.
     """
-    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
     rest = {k: v for k, v in (options or {}).items() if not k.startswith(PREFIX)}
+    return by_name(options)(gm, example_inputs, mode=mode, options=rest)
+
+
+# Unbounded on purpose: a forgotten one would lose its report.
+_BY_NAME: dict[str, Backend] = {}
+
+
+def by_name(options: Mapping[str, Any] | None = None) -> Backend:
+    """Return the backend that `backend="pamm"` compiles with, whose report says what it compiled.
+
+    Equivalent to `backend(ratio=64)` for `by_name({"pamm.ratio": 64})`, except that the same
+    options give the same object:
+
+        torch.compile(model, backend="pamm", options=options)(x)
+        print(pamm_compile.by_name(options).report)
+
+    Args:
+        options: as given to torch.compile; what they leave out comes from the environment, and else
+            from the defaults. Inductor's are left aside.
+
+    Returns:
+        The backend.
+
+    Raises:
+        InvalidOptionError: a value is not allowed, or a name is unknown, here or in the
+            environment.
+    """
+    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
     around = options_from_environment()
     # Rules and what makes one rule stand for the same choice: the nearer one wins.
     if "rules" in ours or not ONE_RULE.isdisjoint(ours):
@@ -234,7 +294,7 @@ def named_backend(
     if "rules" in ours:
         around = {n: v for n, v in around.items() if n not in ONE_RULE}
     chosen = Options.from_mapping({**around, **ours})
-    return _shared(chosen)(gm, example_inputs, mode=mode, options=rest)
+    return _BY_NAME.setdefault(chosen.fingerprint, Backend(chosen))
 
 
 def check_strict(report: GraphReport) -> None:

@@ -82,9 +82,9 @@ def variables(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def _generators(**options: Any) -> list[int]:
-    """What a backend of these options compiled."""
-    given = {"ratio": 4, "min_tokens": 1, "base": "aot_eager", "seed": 17, **options}
-    return [site.generators for site in pamm_compile.backend(**given).report.compressed]
+    """What was compiled by name with these options."""
+    report = pamm_compile.by_name({f"pamm.{name}": v for name, v in options.items()}).report
+    return [site.generators for site in report.compressed]
 
 
 @pytest.mark.usefixtures("variables")

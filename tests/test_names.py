@@ -126,20 +126,104 @@ def test_wrappers_leave_no_trace_in_names() -> None:
     assert _names(backend) == [_qkv("0.")]
 
 
+def _notes(backend: pamm_compile.Backend) -> list[str]:
+    return [note.what for note in backend.report.notes if note.reason == "AMBIGUOUS_NAME"]
+
+
+_BOTH = ", ".join(f"layers.{{0,1}}.{name}.weight" for name in "qkv")
+
+
 def test_names_after_a_graph_break_are_those_of_the_compiled_model() -> None:
     backend = _backend()
     torch.compile(Stack(breaks=True), backend=backend)(_x())
     # One graph serves both layers.
     assert _names(backend) == [_qkv("layers.0.")]
-    assert "AMBIGUOUS_NAME" not in {note.reason for note in backend.report.notes}
+    assert _notes(backend) == [_BOTH]
 
 
 def test_patterns_are_told_that_names_after_a_graph_break_are_ambiguous() -> None:
     backend = _backend(targets=re.compile(r"layers\.0\.q"))
     torch.compile(Stack(breaks=True), backend=backend)(_x())
-    (note,) = {n for n in backend.report.notes if n.reason == "AMBIGUOUS_NAME"}
-    assert note.detail == "Block"
-    assert "layers.0.q.weight" in note.what
+    (note,) = _notes(backend)
+    assert "layers.{0,1}.q.weight" in note
+    assert "layers.{0,1}.norm.weight" in note
+
+
+class Skipping(Stack):
+    """Skips layers now and then, and so breaks the graph in the loop over them."""
+
+    way = "for"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "function":
+            for layer in self.layers:
+                x = _skip_or(layer, x)
+            return x
+        if self.way == "arguments":
+            for layer in self.layers:
+                x = _skip_or_any((layer, x))
+            return x
+        for layer in self.layers:
+            if self.way == "attribute":
+                self.current = layer
+            if torch.rand([]) < 0:
+                continue
+            x = (self.current if self.way == "attribute" else layer)(x)
+        return x
+
+
+def _skip_or(layer: nn.Module, x: Tensor) -> Tensor:
+    return x if torch.rand([]) < 0 else layer(x)
+
+
+def _skip_or_any(pair: tuple[nn.Module, Tensor]) -> Tensor:
+    return pair[1] if torch.rand([]) < 0 else pair[0](pair[1])
+
+
+class WithCall(Block):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(Block, "for"), (WithCall, "for"), (Block, "function"), (Block, "arguments"),
+     (Block, "attribute")],
+)  # fmt: skip
+def test_no_gradient_changes_that_is_not_listed(kind: type[Block], way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Skipping(), torch.randn(BATCH, LENGTH, WIDTH)
+    model.way = way
+    model.layers = nn.ModuleList(kind() for _ in range(3))
+    backend = _backend()
+    grads = []
+    for each in ("aot_eager", backend):
+        torch._dynamo.reset()
+        model.zero_grad()
+        torch.compile(model, backend=each)(x).square().mean().backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    changed = {n for n, grad in grads[0].items() if not torch.equal(grad, grads[1][n])}
+    assert changed >= set(_qkv("layers.2."))
+    listed = {name for names in _names(backend) for name in names}
+    meant = {f"layers.{i}.{n}.weight" for i in range(3) for n in "qkv" if _notes(backend)}
+    assert changed <= listed | meant
+    for note in _notes(backend):
+        assert note == ", ".join(f"layers.{{0,1,2}}.{name}.weight" for name in "qkv")
+
+
+def test_explain_says_it_too() -> None:
+    report = pamm_compile.explain(Stack(breaks=True), _x(), using=_backend())
+    assert [note.what for note in report.notes if note.reason == "AMBIGUOUS_NAME"] == [_BOTH]
+
+
+def test_tied_and_wrapped_weights_are_no_others() -> None:
+    """Reached by another name than their own, though always the same."""
+    backend = _backend(targets="linear")
+    model = nn.Sequential(Wrapper(Block()), Wrapper(Block()))
+    model[1]._checkpoint_wrapped_module.q = model[0]._checkpoint_wrapped_module.q
+    torch.compile(model, backend=backend)(_x())
+    assert len(_names(backend)) == 2
+    assert _notes(backend) == []
 
 
 def test_patterns_are_told_nothing_where_names_are_clear() -> None:

@@ -27,7 +27,7 @@ ROOMS = (
     ("rules",),
     ("decoding",),
     ("methods.__init__",),
-    ("methods.pamm", "methods.subspace", "methods.quantized"),
+    ("methods.pamm", "methods.subspace", "methods.identity", "methods.checked"),
     ("methods.base", "methods.codes", "methods.draws", "methods.triton"),
     ("methods.sampling",),
     ("names", "devices", "targets"),

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config as dynamo_config
 import torch._inductor.config as inductor_config
 import transformers as hf
 from pamm_testing.forms import Attention, FusedQKV, _sdpa
 from pamm_testing.zoo import BATCH, HEADS, LAYERS, LENGTH, VOCAB, WIDTH, causal
 from torch import nn
+from torch._dynamo.utils import counters
 
 import pamm_compile
 from pamm_compile.driver import make_pipeline
@@ -34,28 +36,82 @@ def _eager(**options: Any) -> pamm_compile.Backend:
     return backend
 
 
-def test_the_same_options_give_the_same_object() -> None:
-    assert pamm_compile.backend(ratio=32) is pamm_compile.backend(ratio=32.0)
-    assert pamm_compile.backend(ratio=32) is not pamm_compile.backend(ratio=33)
-    assert pamm_compile.backend(mode="max-autotune") is not pamm_compile.backend()
-
-
-def test_blocks_compiled_one_by_one_share_code() -> None:
-    """With a backend made anew for each block, Dynamo would compile every block again."""
-    blocks = [Attention(_SDPA) for _ in range(3)]
-    # As the inputs of later blocks do, the first requires a gradient.
-    x = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
-    for block in blocks:
-        block.compile(backend=_eager_without_clearing())
-        x = block(x)
-    assert len(_eager_without_clearing().report.graphs) == 1
+def test_the_same_options_give_equal_objects() -> None:
+    one, other = pamm_compile.backend(ratio=32), pamm_compile.backend(ratio=32.0)
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one.report is not other.report
+    assert one != pamm_compile.backend(ratio=33)
+    assert pamm_compile.backend(mode="max-autotune") != pamm_compile.backend()
+    assert one != "pamm"
 
 
 _SDPA = _sdpa()
 
 
-def _eager_without_clearing() -> pamm_compile.Backend:
+def _equal() -> pamm_compile.Backend:
     return pamm_compile.backend(ratio=4, min_tokens=1, base="aot_eager", seed=11)
+
+
+def _compiled_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+def test_blocks_compiled_one_by_one_share_code_and_its_report() -> None:
+    blocks, backends = [Attention(_SDPA) for _ in range(12)], [_equal() for _ in range(12)]
+    # As the inputs of later blocks do, the first requires a gradient.
+    x = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
+    before = _compiled_graphs()
+    with dynamo_config.patch(fail_on_recompile_limit_hit=True, error_on_recompile=True):
+        for _ in range(2):
+            y = x
+            for block, backend in zip(blocks, backends, strict=True):
+                block.compile(backend=backend)
+                y = block(y)
+    assert _compiled_graphs() - before == 1
+    (graph,) = backends[0].report.graphs
+    assert len(graph.sites) == 1
+    assert all(backend.report.graphs == (graph,) for backend in backends)
+
+
+class Wide(nn.Module):
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.first, self.second, self.breaks = Attention(_SDPA), FusedQKV(), breaks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return self.second(x)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_two_models_with_equal_options_have_two_reports(breaks: bool) -> None:
+    models = [Wide(breaks), FusedQKV()]
+    backends = [_equal() for _ in models]
+    compiled = [torch.compile(m, backend=b) for m, b in zip(models, backends, strict=True)]
+    x = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
+    expected = [
+        [("first.q.weight", "first.k.weight", "first.v.weight"), ("second.c_attn.weight",)],
+        [("c_attn.weight",)],
+    ]
+    for _ in range(3):
+        for run in compiled:
+            run(x)
+        found = [[s.parameters for s in b.report.compressed] for b in backends]
+        assert found == expected
+
+
+def test_a_second_model_that_runs_the_code_of_the_first_has_its_report() -> None:
+    first, second, idle = _equal(), _equal(), _equal()
+    x = torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True)
+    before = _compiled_graphs()
+    for backend in (first, second):
+        torch.compile(Wide(breaks=True), backend=backend)(x)
+    assert _compiled_graphs() - before == 2
+    assert first.report.graphs == second.report.graphs
+    assert idle.report.graphs == ()
 
 
 def test_two_backends_with_different_ratios_in_one_process() -> None:
@@ -70,7 +126,7 @@ def test_by_name_with_prefixed_options() -> None:
     options = {"pamm.ratio": 4, "pamm.min_tokens": 1, "pamm.base": "aot_eager", "pamm.seed": 5}
     model = FusedQKV()
     torch.compile(model, backend="pamm", options=options)(torch.randn(BATCH, LENGTH, WIDTH))
-    report = pamm_compile.backend(ratio=4, min_tokens=1, base="aot_eager", seed=5).report
+    report = pamm_compile.by_name(options).report
     assert [site.parameters for site in report.compressed] == [("c_attn.weight",)]
 
 

@@ -66,6 +66,7 @@ class Pipeline(inductor.CustomGraphPass):  # type: ignore[misc]
         names_matter: whether what the passes do depends on these names.
         left_alone: the report of the graph should it turn out to have no backward pass.
         apply: False only reports, and leaves the graph alone.
+        cacheable: whether the fingerprints of the passes hold all that they do.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Pipeline(inductor.CustomGraphPass):  # type: ignore[misc]
         names_matter: bool = False,
         left_alone: GraphReport | None = None,
         apply: bool = True,
+        cacheable: bool = True,
     ) -> None:
         disabled = {name.strip() for name in os.environ.get(DISABLE, "").split(",")}
         self.passes = tuple(each for each in passes if each.name not in disabled)
@@ -85,6 +87,7 @@ class Pipeline(inductor.CustomGraphPass):  # type: ignore[misc]
         """Of the graph this ran on; None until then, or if a cache answered in its place."""
         self.left_alone = left_alone or GraphReport(state=State.INFERENCE)
         """The report of a graph without a backward pass, on which this need not run."""
+        self.cacheable = cacheable
         self._names_matter = names_matter
 
     def __call__(self, graph: Graph) -> None:
@@ -107,8 +110,12 @@ class Pipeline(inductor.CustomGraphPass):  # type: ignore[misc]
         if reports or self.report is None:
             self.report = GraphReport.merged(reports)
 
-    def uuid(self) -> str:
-        """Return what Inductor adds to its cache keys: every pass and all sources."""
+    def uuid(self) -> str | None:
+        """Return what Inductor adds to its cache keys; None, which turns caching off."""
+        return self.digest() if self.cacheable else None
+
+    def digest(self) -> str:
+        """Return a digest of every pass and all sources."""
         parts = [source_digest(), repr(self.apply)]
         parts += [f"{each.name}\n{each.fingerprint}" for each in self.passes]
         # Names decide only if the user selects by name; else they would split the cache in vain.

@@ -9,9 +9,18 @@ import torch
 from torch.fx import GraphModule
 
 from pamm_compile.devices import device_named
-from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
+from pamm_compile.driver import (
+    Compiled,
+    Mode,
+    compile_graph,
+    found,
+    make_pipeline,
+    visit,
+    with_names_told_apart,
+)
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.undisturbed import undisturbed
+from pamm_compile.names import Names
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 
@@ -50,12 +59,12 @@ def explain(
     chosen = using or backend()
     report = Report()
 
-    def look(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
+    def look(gm: GraphModule, inputs: Sequence[Any], names: Names) -> Compiled:
         pipeline = make_pipeline(
-            chosen.options, names, chosen.passes, gm=gm, device=device, apply=False
+            chosen.options, names.by_key, chosen.passes, gm=gm, device=device, apply=False
         )
         compiled = compile_graph(gm, inputs, pipeline, mode=Mode.LOOK)
-        report.add(found(pipeline))
+        report.add(with_names_told_apart(found(pipeline), names, chosen.options))
         return compiled
 
     with undisturbed(model):

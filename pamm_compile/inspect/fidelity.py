@@ -20,8 +20,10 @@ from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.observe import Observation, ObserveSites
 from pamm_compile.inspect.undisturbed import undisturbed
+from pamm_compile.methods import checked
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import content_seed
+from pamm_compile.names import Names
 from pamm_compile.rules import Rule, make_rules
 from pamm_compile.size import exact_cost
 from pamm_compile.targets import TARGETS
@@ -198,9 +200,9 @@ def fidelity(
             rows.append((observation.place, _compare(observation, method, draws)))
         bar.advance()
 
-    def observe(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
+    def observe(gm: GraphModule, inputs: Sequence[Any], names: Names) -> Compiled:
         step = ObserveSites(chosen, measure)
-        compiled = compile_graph(gm, inputs, Pipeline([step], names), mode=Mode.LOOK)
+        compiled = compile_graph(gm, inputs, Pipeline([step], names.by_key), mode=Mode.LOOK)
         bar.expect(step.sites)
         return compiled
 
@@ -226,8 +228,9 @@ def _compare(observation: Observation, method: Method, draws: int) -> SiteFideli
     norm = exact.norm()
     squares, cosines, total = [], [], torch.zeros_like(exact)
     for draw in range(draws):
-        stored = method.store(x, content_seed(x, draw), size.outputs)
-        found = _flat(method.weight_gradients(stored, grads, [False] * len(grads)))
+        stored = checked.store(method, x, content_seed(x, draw), size.outputs)
+        kept = [False] * len(grads)
+        found = _flat(checked.weight_gradients(method, stored, grads, kept, size.features))
         total += found
         squares.append(_ratio((found - exact).norm(), norm) ** 2)
         cosines.append(_ratio(found @ exact, found.norm() * norm))

@@ -9,10 +9,19 @@ from typing import Any, Literal
 import torch
 from torch.fx import GraphModule
 
-from pamm_compile.driver import Compiled, Mode, compile_graph, found, make_pipeline, visit
+from pamm_compile.driver import (
+    Compiled,
+    Mode,
+    compile_graph,
+    found,
+    make_pipeline,
+    visit,
+    with_names_told_apart,
+)
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.measure import SavedStorage, saved_storages
+from pamm_compile.names import Names
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 
@@ -76,12 +85,12 @@ def predict_saved(
     chosen = None if using == "exact" else using or backend()
     report = Report()
 
-    def partition(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Compiled:
+    def partition(gm: GraphModule, inputs: Sequence[Any], names: Names) -> Compiled:
         if chosen is None:
             return compile_graph(gm, inputs, None, mode=Mode.PARTITION)
-        pipeline = make_pipeline(chosen.options, names, chosen.passes, gm=gm)
+        pipeline = make_pipeline(chosen.options, names.by_key, chosen.passes, gm=gm)
         compiled = compile_graph(gm, inputs, pipeline, mode=Mode.PARTITION)
-        report.add(found(pipeline))
+        report.add(with_names_told_apart(found(pipeline), names, chosen.options))
         return compiled
 
     own = getattr(model, "_orig_mod", model)

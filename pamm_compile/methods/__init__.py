@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 from collections.abc import Callable
-from pathlib import Path
 
 from pamm_compile.methods import draws
 from pamm_compile.methods.base import Method
@@ -37,30 +34,3 @@ def register_lowerings() -> None:
     """
     triton.register()
     draws.register()
-
-
-def fingerprint(method: Method) -> str:
-    """Return what tells a method from every other, its own source included.
-
-    Two classes may declare the same fingerprint, and a class may change while what it declares does
-    not: what one traced must not come from a cache of the other.
-
-    Args:
-        method: any.
-
-    Returns:
-        Text for cache keys.
-    """
-    kind = type(method)
-    return f"{kind.__module__}.{kind.__qualname__} {_source(kind)} {method.fingerprint}"
-
-
-def _source(kind: type) -> str:
-    try:
-        file = inspect.getsourcefile(kind)
-    except TypeError:
-        file = None
-    # A class typed at a prompt has no file; what it declares is all there is to know of it.
-    if file is None or not Path(file).is_file():
-        return ""
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()

@@ -28,11 +28,22 @@ resolve("torch._functorch.config:donated_buffer")
 
 MUST_SAVE = CheckpointPolicy.MUST_SAVE
 
+DEPENDS_ON_VALUES: tuple[type[Exception], ...] = (
+    *resolve("torch._dynamo.exc:exceptions_allowed_to_be_fallback"),
+    resolve("torch.fx.experimental.symbolic_shapes:GuardOnDataDependentSymNode"),
+)
+"""What tracing raises where sizes or control flow depend on values of tensors.
+
+Of most of these Dynamo thinks that they are about the user's function, which it then runs eagerly.
+"""
+
 _InstructionTranslator: Any = resolve("torch._dynamo.symbolic_convert:InstructionTranslator")
 _OptimizedModule: Any = resolve("torch._dynamo.eval_frame:OptimizedModule")
+_EVAL_FRAME: str = _OptimizedModule.__init__.__code__.co_filename
 _Module: Any = resolve("torch.nn.modules.module:Module")
 _MODULE_CALLS = {_Module._wrapped_call_impl.__code__, _Module._call_impl.__code__}
 _statically_known_true: Any = resolve("torch.fx.experimental.symbolic_shapes:statically_known_true")
+_TorchDispatchMode: Any = resolve("torch.utils._python_dispatch:TorchDispatchMode")
 _detect_fake_mode: Any = resolve("torch._guards:detect_fake_mode")
 _enable_python_dispatcher: Any = resolve("torch._dispatch.python:enable_python_dispatcher")
 
@@ -149,6 +160,21 @@ def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
     return module if module._compiled_call_impl is not None else None
 
 
+def backend_in_use() -> object:
+    """Return the backend of the innermost compiled function that Python is in; None outside."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename == _EVAL_FRAME and "callback" in code.co_freevars:
+            found = frame.f_locals["callback"]
+            while hasattr(found, "_torchdynamo_orig_backend"):
+                found = found._torchdynamo_orig_backend
+            # What torch.compile puts around a backend, for its mode and options.
+            return getattr(found, "compiler_fn", found)
+        frame = frame.f_back
+    return None
+
+
 def size_hint(size: int | torch.SymInt) -> int | None:
     """Return a size, or for a symbolic one the value that was compiled with, adding no guard.
 
@@ -211,6 +237,32 @@ def trace(function: Callable[..., Any], fakes: Sequence[Any]) -> torch.fx.GraphM
         traced: torch.fx.GraphModule = tracer(*fakes)
     traced.graph.eliminate_dead_code()
     return traced
+
+
+class WatchWrites(_TorchDispatchMode):  # type: ignore[misc]
+    """A context that says which tensors operators write to in place, before they do.
+
+    Args:
+        written: gets an operator's name and a tensor.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, written: Callable[[str, torch.Tensor], None]) -> None:
+        super().__init__()
+        self._written = written
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for place, argument in enumerate(schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[place] if place < len(args) else given.get(argument.name)
+                    for each in value if isinstance(value, list | tuple) else [value]:
+                        if isinstance(each, torch.Tensor):
+                            self._written(str(func), each)
+        return func(*args, **given)
 
 
 def shape_guards(symbols: Sequence[torch.SymInt]) -> str | None:

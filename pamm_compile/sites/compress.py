@@ -13,7 +13,7 @@ from pamm_compile.sites.choose import Candidate, choose
 from pamm_compile.sites.cost import saved_time
 from pamm_compile.sites.decide import Decision, Plan, decide, is_returned
 from pamm_compile.sites.nested import nested_declines
-from pamm_compile.sites.reasons import Decline, Reason
+from pamm_compile.sites.reasons import Decline
 from pamm_compile.sites.rewrite import rewrite
 
 
@@ -23,12 +23,10 @@ class CompressInputs:
 
     Attributes:
         options: rules, goal, siblings, min_tokens and seed are read.
-        shared: class of the modules that share the graph, if names are those of the first of them.
         gpu: what reported times are of; None for the device at hand.
     """
 
     options: Options
-    shared: str = ""
     gpu: DeviceFigures | None = None
 
     @property
@@ -44,18 +42,11 @@ class CompressInputs:
     def __call__(self, joint: JointGraph, *, apply: bool) -> GraphReport:
         """Run over a joint graph."""
         decision = self.decide(joint)
-        decision.declines.extend((None, remark) for remark in self._remarks(joint))
+        decision.declines.extend((None, remark) for remark in nested_declines(joint))
         report = _report(joint, decision, self.gpu)
         if apply:
             rewrite(joint.graph, decision.accepted, self.options.seed)
         return report
-
-    def _remarks(self, joint: JointGraph) -> list[Decline]:
-        remarks = nested_declines(joint)
-        if self.shared:
-            names = ", ".join(weight.name for weight in joint.parameters.values())
-            remarks.append(Decline(Reason.AMBIGUOUS_NAME, names, self.shared))
-        return remarks
 
     def decide(self, joint: JointGraph) -> Decision:
         """Return what it would do."""

@@ -73,8 +73,8 @@ class Reason(enum.Enum):
         "driver",
     )
     AMBIGUOUS_NAME = (
-        "one graph runs for all modules of a class, which no pattern tells apart",
-        "sites/compress",
+        "one graph runs for several modules, and its names are those of one of them",
+        "driver",
     )
     UNSUPPORTED_LAYOUT = (
         "the weight gradient is not a plain matmul over all tokens",

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from pamm_compile.graph.insert import BACKWARD, FORWARD, Inserter, replace_node
 from pamm_compile.graph.joint import strip_transposes, value
 from pamm_compile.graph.vocabulary import Extra
-from pamm_compile.methods import fingerprint
+from pamm_compile.methods import checked
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.draws import content_seed, site_seeds
 from pamm_compile.private import aot
@@ -94,9 +94,9 @@ class _Rewriter:
         seed = self._seeds[device][number]
 
         def store(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
-            return method.store(_matrix(x).t() if flip else _matrix(x), seed, outputs)
+            return checked.store(method, _matrix(x).t() if flip else _matrix(x), seed, outputs)
 
-        key = ("store", fingerprint(method), outputs, flip)
+        key = ("store", id(method), outputs, flip)
         stored, cursor = self._inserter.insert(max(x, seed), store, [x, seed], FORWARD, key)
         self._inserter.keep_for_backward(stored, cursor)
         return stored
@@ -109,9 +109,10 @@ class _Rewriter:
         transposed = tuple(g.transposed for g in gradients)
         extras = tuple(Addition.of(g.extra) for g in gradients)
         addends = [g.extra.addend for g in gradients if g.extra.addend is not None]
-        function = _replacement(method, len(stored), flips, transposed, vals, extras)
+        features = value(plan.site.input).shape[-1]
+        function = _replacement(method, len(stored), features, flips, transposed, vals, extras)
         shapes = tuple((str(v.shape), v.dtype) for v in vals)
-        key = ("gradients", fingerprint(method), flips, transposed, len(stored), shapes, extras)
+        key = ("gradients", id(method), flips, transposed, len(stored), shapes, extras)
         last = max(gradients, key=lambda g: g.node).node
         new, _ = self._inserter.insert(last, function, [*stored, *grads, *addends], BACKWARD, key)
         for gradient, node in zip(gradients, new, strict=True):
@@ -121,6 +122,7 @@ class _Rewriter:
 def _replacement(
     method: Method,
     kept: int,
+    features: int,
     flips: Sequence[bool],
     transposed: Sequence[bool],
     vals: Sequence[Tensor],
@@ -129,11 +131,8 @@ def _replacement(
     def replacement(*tensors: Tensor) -> list[Tensor]:
         stored, dz = tensors[:kept], tensors[kept : kept + len(flips)]
         addends = iter(tensors[kept + len(flips) :])
-        results = method.weight_gradients(
-            stored,
-            [_matrix(z).t() if flip else _matrix(z) for z, flip in zip(dz, flips, strict=True)],
-            transposed,
-        )
+        grads = [_matrix(z).t() if flip else _matrix(z) for z, flip in zip(dz, flips, strict=True)]
+        results = checked.weight_gradients(method, stored, grads, transposed, features)
         products = [r.to(v.dtype).reshape(v.shape) for r, v in zip(results, vals, strict=True)]
         return [extra.apply(r, addends) for r, extra in zip(products, extras, strict=True)]
 

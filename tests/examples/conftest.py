@@ -14,7 +14,6 @@ import torch._functorch.config as functorch_config
 from pamm_testing.programs import CHECKOUT, EXAMPLES
 from torch._inductor import compile_fx
 
-from pamm_compile import torch_backend
 from pamm_compile.private import inductor
 
 # Behind what is installed: of the checkout only `examples` is wanted.
@@ -40,9 +39,8 @@ def run_here(
     def run(script: str, *options: Any) -> str:
         monkeypatch.setattr(sys, "path", list(sys.path))
         monkeypatch.setattr(sys, "argv", [str(EXAMPLES / script), *map(str, options)])
-        # As in a process of its own: nothing compiled, and no report of another script's run.
+        # As in a process of its own: nothing compiled.
         torch._dynamo.reset()
-        torch_backend._BACKENDS.clear()
         capsys.readouterr()
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
         return capsys.readouterr().out

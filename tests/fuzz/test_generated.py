@@ -9,7 +9,8 @@ import os
 
 import pytest
 import torch
-from pamm_testing.generated import PARTS, generate
+from pamm_testing.generated import PARTS
+from pamm_testing.generation import generate
 from pamm_testing.graphs import look
 
 COUNT = int(os.environ.get("PAMM_GENERATED", "0"))

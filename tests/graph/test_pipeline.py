@@ -63,7 +63,7 @@ def test_the_uuid_has_every_pass() -> None:
         for further in ([], [CountMatmuls()], [CountMatmuls(fingerprint="2")])
     }
     assert len(uuids) == 3
-    assert pamm_compile.backend(passes=[CountMatmuls()]) is not pamm_compile.backend()
+    assert pamm_compile.backend(passes=[CountMatmuls()]) != pamm_compile.backend()
 
 
 def test_graphs_before_and_after_are_logged(caplog: pytest.LogCaptureFixture) -> None:

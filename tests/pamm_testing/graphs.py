@@ -16,7 +16,7 @@ from pamm_compile.driver import Mode, compile_graph, make_pipeline, visit
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.graph.vocabulary import op_name
-from pamm_compile.names import names_of
+from pamm_compile.names import Names, names_of
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport
@@ -253,8 +253,8 @@ def look(model: nn.Module, batch: dict[str, Any], rules: str = "qkv=pamm:4") -> 
             found.append(Look(joint, classify(joint), decision))
             return GraphReport()
 
-    def compile_one(gm: GraphModule, inputs: Sequence[Any], names: dict[str, str]) -> Any:
-        pipeline = Pipeline([Looking()], names, apply=False)
+    def compile_one(gm: GraphModule, inputs: Sequence[Any], names: Names) -> Any:
+        pipeline = Pipeline([Looking()], names.by_key, apply=False)
         return compile_graph(gm, inputs, pipeline, mode=Mode.LOOK)
 
     visit(model, lambda compiled: compiled(**batch), compile_one)
