@@ -6,7 +6,7 @@ import re
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -31,22 +31,16 @@ def check(architecture: Architecture) -> Row:
     row: Row = {"name": architecture.name}
     stage = "eager"
     try:
-        reads: list[Reads] = []
-
-        def recording(model: torch.nn.Module, inputs: Any) -> Reads:
-            reads.append(Reads(model, inputs))
-            return reads[-1]
-
-        eager = run(architecture, around=recording)
+        reads, leaves = _eager(architecture)
         stage = "exact"
         seen: set[str] = set()
-        exact = _exact(architecture, seen)
-        trained = {name for name in reads[0].found if name in exact.weights}
+        exact = _exact(architecture, seen, leaves=leaves)
+        trained = {name for name in reads.found if name in exact.weights}
         row |= {"status": "trained", "weights": len(trained), "outside": _brief(trained - seen)}
-        row["parameters"] = len(eager.classes)
+        row["parameters"] = len(exact.classes)
         for rules in RULES:
             stage = rules
-            row[rules] = _under(architecture, rules, exact, trained & seen)
+            row[rules] = _under(architecture, rules, exact, trained & seen, leaves)
     except Exception as error:  # noqa: BLE001 - a row, whatever went wrong
         ours = stage in RULES
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -54,7 +48,7 @@ def check(architecture: Architecture) -> Row:
         row |= {
             "status": "crashed" if ours else "skipped",
             "stage": stage,
-            "error": f"{type(error).__name__}: {str(error).strip()[:300]}",
+            "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
             "at": f"{where.filename.split('site-packages/')[-1]}:{where.lineno}",
         }
         if ours and own:
@@ -62,24 +56,54 @@ def check(architecture: Architecture) -> Row:
     return row | {"seconds": round(time.monotonic() - start, 1)}
 
 
-def _exact(architecture: Architecture, seen: set[str]) -> Step:
+def _eager(architecture: Architecture) -> tuple[Reads, bool]:
+    """Return what products read, and whether inputs can have gradients."""
+    reads: list[Reads] = []
+
+    def recording(model: torch.nn.Module, inputs: Any) -> Reads:
+        reads.append(Reads(model, inputs))
+        return reads[-1]
+
+    try:
+        run(architecture, around=recording)
+    except RuntimeError:
+        # Some models write to their inputs, or set themselves what these require.
+        run(architecture, around=recording, leaves=False)
+        return reads[-1], False
+    return reads[-1], True
+
+
+def _exact(architecture: Architecture, seen: set[str], *, leaves: bool) -> Step:
     inner = torch._dynamo.lookup_backend("aot_eager")
     return run(
         architecture,
         lambda model: torch.compile(model, backend=compiled_parameters(model, inner, seen)),
+        leaves=leaves,
     )
 
 
-def _under(architecture: Architecture, rules: str, exact: Step, weights: set[str]) -> Row:
+def _under(
+    architecture: Architecture, rules: str, exact: Step, weights: set[str], leaves: bool
+) -> Row:
     backend = pamm_compile.backend(
         rules={rules: Marked()}, goal="any", min_tokens=1, base="aot_eager"
     )
     backend.report.clear()
-    ours = run(architecture, lambda model: torch.compile(model, backend=backend))
-    return verdict(exact, ours, backend.report, weights, lambda: _exact(architecture, set()))
+    ours = run(architecture, lambda model: torch.compile(model, backend=backend), leaves=leaves)
+
+    def again() -> Step:
+        return _exact(architecture, set(), leaves=leaves)
+
+    return verdict(exact, ours, backend.report, weights, again)
 
 
-def verdict(exact: Step, ours: Step, report: Report, weights: set[str], again: Any = None) -> Row:
+def verdict(
+    exact: Step,
+    ours: Step,
+    report: Report,
+    weights: set[str],
+    again: Callable[[], Step] | None = None,
+) -> Row:
     """Return what a report says and what it should have said.
 
     Args:

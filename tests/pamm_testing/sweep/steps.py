@@ -79,6 +79,10 @@ def seeded(architecture: Architecture) -> tuple[nn.Module, Inputs]:
     _seed()
     model, inputs = architecture.build()
     _seed()
+    # A factor of zeros, as adapters begin with, would hide what becomes of its partner's gradient.
+    for parameter in model.parameters():
+        if parameter.dim() >= 2 and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
     return model.train(), inputs
 
 
@@ -86,6 +90,8 @@ def run(
     architecture: Architecture,
     compiled: Callable[[nn.Module], Callable[..., Any]] = lambda model: model,
     around: Callable[[nn.Module, Inputs], AbstractContextManager[Any]] = lambda *_: nullcontext(),
+    *,
+    leaves: bool = True,
 ) -> Step:
     """Train one step of a loss that every output enters.
 
@@ -93,12 +99,13 @@ def run(
         architecture: what to train.
         compiled: makes what is called of the model.
         around: gets model and inputs, and surrounds the forward pass.
+        leaves: whether inputs get gradients, too.
     """
     torch._dynamo.reset()
     model, inputs = seeded(architecture)
     floats = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.is_floating_point()]
     for tensor in floats:
-        tensor.requires_grad_()
+        tensor.requires_grad_(leaves)
     with around(model, inputs):
         loss = loss_of(compiled(model)(**inputs))
     loss.backward()
