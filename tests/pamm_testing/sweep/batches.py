@@ -42,6 +42,7 @@ def batches(model: nn.Module) -> Iterator[Callable[[], Inputs]]:
     plain = dict.fromkeys([main, *required])
     if "decoder_input_ids" in signature and main != "decoder_input_ids":
         plain["decoder_input_ids"] = None
+    full = plain | dict.fromkeys(n for n in _ALWAYS if n in signature)
     common = {n: False for n in ("use_cache",) if n in signature}
 
     def made(names: Any, **forms: int) -> Inputs:
@@ -55,8 +56,9 @@ def batches(model: nn.Module) -> Iterator[Callable[[], Inputs]]:
         if extra in signature and extra not in plain:
             for form in range(4):
                 yield lambda extra=extra, form=form: made([*plain, extra], form=form)
-    for form in range(4):
-        yield lambda form=form: made(plain, form=form)
+    for names in (full, plain) if full != plain else (plain,):
+        for form in range(4):
+            yield lambda names=names, form=form: made(names, form=form)
     yield lambda: made([*plain, "input_ids"])
 
 
@@ -66,8 +68,9 @@ def _only(forms: dict[str, int], name: str) -> dict[str, int]:
 
 def _ids(length: int) -> Callable[[Any], Tensor]:
     def make(config: Any) -> Tensor:
-        most = setting(config, "vocab_size", default=FIRST_SPECIAL)
-        return torch.randint(5, min(most, FIRST_SPECIAL), (BATCH, length))
+        most = min(setting(config, "vocab_size", default=FIRST_SPECIAL), FIRST_SPECIAL)
+        longest = setting(config, "max_position_embeddings", default=length)
+        return torch.randint(5, most, (BATCH, min(length, longest if longest > 7 else length)))
 
     return make
 
@@ -185,4 +188,9 @@ _MAKERS: dict[str, Callable[..., Any]] = {
     "returns_to_go": lambda c: torch.randn(BATCH, 6, 1),
     "timesteps": lambda c: torch.arange(6).repeat(BATCH, 1),
 }  # fmt: skip
+# Optional only by name.
+_ALWAYS = (
+    "visual_feats", "visual_pos", "states", "actions", "rewards", "returns_to_go", "timesteps",
+    "past_time_features", "past_observed_mask", "future_time_features", "future_values",
+)  # fmt: skip
 _FORMS = {"pixel_values", "input_values", "input_features", "past_values"}

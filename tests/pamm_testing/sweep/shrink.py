@@ -16,7 +16,8 @@ FIRST_SPECIAL = 100
 Settings = dict[str, Any]
 
 _WIDTH = re.compile(
-    r"hidden|embed|width|channel|dim|rank|d_model|d_ff|d_kv|d_inner|d_head|d_latents|ffn|inner|n_embd|feature_size|"
+    r"hidden|embed|width|channel|dim|rank|d_model|d_ff|d_kv|d_inner|d_head|d_latents|ffn|inner|"
+    r"n_embd|feature_size|coordinate_size|shape_size|"
     r"intermediate|bottleneck|mlp_size|proj|fpn|feedforward|num_filters|num_pos_feats"
 )
 _NO_WIDTH = re.compile(
