@@ -141,6 +141,23 @@ def test_names_after_a_graph_break_are_those_of_the_compiled_model() -> None:
     assert _notes(backend) == [_BOTH]
 
 
+class InAComprehension(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
+        return torch.cat([self.block(x)[: int(size.item())] for size in sizes])
+
+
+def test_names_after_a_graph_break_in_a_comprehension() -> None:
+    """Dynamo then runs code with a dict among its constants, which has no hash."""
+    backend = _backend()
+    model = torch.compile(InAComprehension(), backend=backend)
+    model(_x(), torch.tensor([1, 2])).sum().backward()
+    assert _qkv("block.") in _names(backend)
+
+
 def test_patterns_are_told_that_names_after_a_graph_break_are_ambiguous() -> None:
     backend = _backend(targets=re.compile(r"layers\.0\.q"))
     torch.compile(Stack(breaks=True), backend=backend)(_x())

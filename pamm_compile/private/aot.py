@@ -41,7 +41,7 @@ _InstructionTranslator: Any = resolve("torch._dynamo.symbolic_convert:Instructio
 _OptimizedModule: Any = resolve("torch._dynamo.eval_frame:OptimizedModule")
 _EVAL_FRAME: str = _OptimizedModule.__init__.__code__.co_filename
 _Module: Any = resolve("torch.nn.modules.module:Module")
-_MODULE_CALLS = {_Module._wrapped_call_impl.__code__, _Module._call_impl.__code__}
+_MODULE_CALLS = (_Module._wrapped_call_impl.__code__, _Module._call_impl.__code__)
 _statically_known_true: Any = resolve("torch.fx.experimental.symbolic_shapes:statically_known_true")
 _TorchDispatchMode: Any = resolve("torch.utils._python_dispatch:TorchDispatchMode")
 _detect_fake_mode: Any = resolve("torch._guards:detect_fake_mode")
@@ -144,7 +144,8 @@ def modules_being_called() -> list[torch.nn.Module]:
     found: list[torch.nn.Module] = []
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code in _MODULE_CALLS:
+        # Code that Dynamo writes may hold a dict among its constants, and has no hash then.
+        if any(frame.f_code is code for code in _MODULE_CALLS):
             module = frame.f_locals["self"]
             if not found or found[-1] is not module:
                 found.append(module)
