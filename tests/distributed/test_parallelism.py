@@ -12,8 +12,15 @@ from pamm_testing.distributed.ranks import RankFailedError, launch
 
 @pytest.mark.slow
 def test_two_ranks() -> None:
-    """DDP, FSDP2 and sequence parallelism, in the same two processes."""
-    launch("ddp_checks:main", "fsdp_checks:main", "tp_checks:sequence_parallel", ranks=2)
+    """DDP; the other layouts run with --everything."""
+    launch("ddp_checks:main", ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.everything
+def test_sharded_and_sequence_parallel() -> None:
+    """In the same two processes."""
+    launch("fsdp_checks:main", "tp_checks:sequence_parallel", ranks=2)
 
 
 @pytest.mark.slow
@@ -24,6 +31,7 @@ def test_tensor_parallel_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.everything
 def test_two_dimensional_parallel() -> None:
     launch("tp_checks:main_2d", ranks=4)
 

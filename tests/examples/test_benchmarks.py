@@ -73,6 +73,7 @@ def test_a_script_runs_from_a_plain_checkout(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.everything
 def test_a_whole_run(tmp_path: Path) -> None:
     # The reference is among the arms without being asked for.
     arms = ("--arms", *(name for name in CHOSEN if name != "compile"))
@@ -255,6 +256,7 @@ def test_what_every_arm_saves_of_a_fake_model() -> None:
     assert compressed == ["PAMM", "PAMM + budget 0.99"]
 
 
+@pytest.mark.everything
 def test_table_of_targets(run_here: Run, tmp_path: Path) -> None:
     size = ("--layers", "1", "--width", "64", "--vocabulary", "257", "--tokens", "512")
     printed = run_here(

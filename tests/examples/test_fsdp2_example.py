@@ -21,14 +21,17 @@ TINY = (
     [
         # Code is generated for one of the two, the smaller.
         (),
-        (
-            "--mixed-precision",
-            "--tensor-parallel",
-            "2",
-            "--memory-budget",
-            "0.99",
-            "--base",
-            "aot_eager",
+        pytest.param(
+            (
+                "--mixed-precision",
+                "--tensor-parallel",
+                "2",
+                "--memory-budget",
+                "0.99",
+                "--base",
+                "aot_eager",
+            ),
+            marks=pytest.mark.everything,
         ),
     ],
     ids=["fsdp2", "sequence parallel"],

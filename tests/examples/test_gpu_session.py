@@ -82,6 +82,7 @@ def test_a_cell_that_fails_loses_itself_alone() -> None:
     assert record["skipped"] == ["kernels tiny, 256 tokens, k = 11"]
 
 
+@pytest.mark.everything
 def test_a_dry_run_of_the_gpu_session(tmp_path: Path) -> None:
     """Every command, option and file of the half hour, at toy sizes."""
     gpu_session.main(["--dry-run", "--out", str(tmp_path)])

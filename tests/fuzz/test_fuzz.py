@@ -27,7 +27,7 @@ from pamm_testing.fuzz.spec import (
     Spec,
 )
 
-GRAPHS = int(os.environ.get("PAMM_FUZZ_GRAPHS", "54"))
+GRAPHS = int(os.environ.get("PAMM_FUZZ_GRAPHS", "27"))
 SEED = int(os.environ.get("PAMM_FUZZ_SEED", "0"))
 
 

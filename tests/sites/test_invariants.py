@@ -27,7 +27,12 @@ CASES = [pytest.param(case, id=case.name, marks=_like_others(case)) for case in 
 PRECISIONS = [
     *(pytest.param(case, False, id=f"{case.name}-fp32") for case in ALL),
     *(
-        pytest.param(case, True, id=f"{case.name}-bf16_autocast", marks=_like_others(case))
+        pytest.param(
+            case,
+            True,
+            id=f"{case.name}-bf16_autocast",
+            marks=[] if case.name in ("llama", "t5") else [pytest.mark.everything],
+        )
         for case in TRANSFORMERS
     ),
 ]

@@ -137,6 +137,7 @@ print(json.dumps({"exact": exact, "report": kept, "hits": hits}))
 
 
 @pytest.mark.slow
+@pytest.mark.everything
 def test_min_tokens_holds_where_caches_answer(tmp_path: Path) -> None:
     """With Inductor, and in a second process that finds both graphs in caches, in the other order.
 

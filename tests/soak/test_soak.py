@@ -38,6 +38,7 @@ def _soak(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.everything
 def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
     rounds = _soak(tmp_path, "--steps", "2000")
     assert rounds[-1]["steps"] == 2000

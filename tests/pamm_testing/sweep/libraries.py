@@ -14,8 +14,6 @@ from pamm_testing.sweep.steps import Architecture, Inputs
 
 Built = tuple[nn.Module, Inputs]
 
-# timm -----------------------------------------------------------------------------------------
-
 _VIT = {"embed_dim": 48, "depth": 1, "num_heads": 3}
 _STAGES = {"depths": (1, 1, 2, 1)}
 _TIMM: dict[str, dict[str, Any]] = {
