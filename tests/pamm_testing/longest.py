@@ -76,7 +76,7 @@ def tables(tests: Sequence[Test], seconds: float, count: int) -> str:
 
 def write(page: Path, text: str) -> None:
     """Put the tables between their marks."""
-    marks = r"(<!-- table: test-run -->\n).*?(<!-- end -->)"
+    marks = r"(<!-- test run -->\n).*?(<!-- end of test run -->)"
     new, found = re.subn(
         marks, lambda m: f"{m[1]}{text}\n{m[2]}", page.read_text("utf-8"), flags=re.S
     )
