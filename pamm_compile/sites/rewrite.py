@@ -109,7 +109,7 @@ class _Rewriter:
         transposed = tuple(g.transposed for g in gradients)
         extras = tuple(Addition.of(g.extra) for g in gradients)
         addends = [g.extra.addend for g in gradients if g.extra.addend is not None]
-        features = value(plan.site.input).shape[-1]
+        features = value(plan.site.input).shape[-2 if plan.site.in_columns else -1]
         function = _replacement(method, len(stored), features, flips, transposed, vals, extras)
         shapes = tuple((str(v.shape), v.dtype) for v in vals)
         key = ("gradients", id(method), flips, transposed, len(stored), shapes, extras)

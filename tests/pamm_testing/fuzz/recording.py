@@ -32,9 +32,12 @@ class Site:
     index: Tensor
     scale: Tensor
     parameters: tuple[str, ...] = ()
+    beta: float = 1.0
+    """By what C is multiplied after the assignment, in float16 and behind the gate ε."""
 
     def reconstruction(self) -> Tensor:
-        return self.scale.double()[:, None] * self.generators.double()[self.index.long()]
+        picked = self.generators.double()[self.index.long()]
+        return self.beta * self.scale.double()[:, None] * picked
 
 
 class _Recorder(Interpreter):
@@ -141,6 +144,9 @@ class Recording:
 
 
 def _gather(assign: Node) -> Node:
-    generators = assign.args[1]
-    assert op_name(generators) == "aten::index", generators
-    return generators
+    node = assign.args[1]
+    # Rows of float16 are first multiplied by powers of two.
+    while op_name(node) in ("prims::convert_element_type", "aten::_to_copy", "aten::mul"):
+        node = node.all_input_nodes[0]
+    assert op_name(node) == "aten::index", node
+    return node
