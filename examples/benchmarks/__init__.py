@@ -1,4 +1,4 @@
-"""Benchmarks and studies: what docs/results.md prints comes from the scripts of this folder.
+"""Benchmarks: what a user runs to measure memory, time and kernels on a machine.
 
     python examples/benchmarks/steps.py            from anywhere, also from a checkout not installed
     python -m examples.benchmarks.steps            the same, from the checkout
@@ -12,16 +12,13 @@ else is. Processes that a script starts are given the same path.
 |---|---|
 | memory, time and loss of whole training steps | steps.py |
 | saved bytes of models of full size, without running them | partitions.py |
-| the loss after training, by method | quality.py |
-| losses from random weights: causes, remedies, time to a loss | scratch.py |
-| the gradients themselves, by method | fidelity.py |
 | the time of compiling | compile_time.py |
 | kernels on a GPU, on a CPU | kernels.py, cpu_kernels.py |
 | a model of the times on GPUs that are not at hand | device_model.py |
 | all that is worth measuring in half an hour on a GPU | gpu_session.py |
-| the tables in docs/, from records in docs/benchmarks/ | results.py |
+
+| a training from random weights, exact and compressed in turn | pretrain.py |
 
 What they share is each in one module: models (and their sizes), corpus, machine, timing, tables,
-training, estimators and controls (methods that are compared only), choices (how they are written),
-processes, cli.
+training, processes, cli. Studies that led to a decision are in `examples/studies/`.
 """

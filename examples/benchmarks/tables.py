@@ -1,8 +1,11 @@
-"""Tables, as Markdown and as text."""
+"""Tables, as Markdown and as text, and the records that they are made of."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> list[str]:
@@ -27,3 +30,10 @@ def text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def mebibytes(count: float) -> str:
     """Write a number of bytes in MiB."""
     return f"{count / 2**20:.1f}"
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a file that holds one a line; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]

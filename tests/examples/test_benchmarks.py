@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -15,14 +16,7 @@ import pytest
 import torch
 from pamm_testing.programs import CHECKOUT, EXAMPLES, assert_finite, run
 
-from examples.benchmarks import (
-    compile_time,
-    full_size,
-    peak,
-    processes,
-    steps,
-    worker,
-)
+from examples.benchmarks import compile_time, full_size, peak, processes, steps, worker
 from examples.benchmarks.arms import ARMS, by_name
 from examples.benchmarks.models import SHAPES, WEIGHTS, Case
 from examples.benchmarks.timing import paired_ratios, quartiles
@@ -33,9 +27,10 @@ CHOSEN = ["compile", "PAMM", "compile + checkpointing"]
 
 
 def scripts() -> list[Path]:
-    return [
-        p for p in sorted((EXAMPLES / "benchmarks").glob("*.py")) if "__main__" in p.read_text()
+    modules = [
+        p for room in ("benchmarks", "studies") for p in sorted((EXAMPLES / room).glob("*.py"))
     ]
+    return [path for path in modules if "__main__" in path.read_text()]
 
 
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
@@ -47,7 +42,14 @@ def test_every_script_finds_its_checkout_in_the_same_way(path: Path) -> None:
     )
     text = path.read_text()
     assert lines in text
-    assert text.index(lines) < text.index("from examples.benchmarks")
+    assert text.index(lines) < text.index("from examples.")
+
+
+def test_what_a_user_runs_imports_no_study() -> None:
+    modules = list((EXAMPLES / "benchmarks").rglob("*.py"))
+    assert len(modules) > 20
+    imports = re.compile(r"^\s*(from|import) examples\.studies", re.M)
+    assert not [path for path in modules if imports.search(path.read_text())]
 
 
 def test_a_script_runs_from_a_plain_checkout(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from pamm_testing.programs import CHECKOUT
 
 import pamm_compile
-from examples.benchmarks import results
+from examples.studies import results
 from pamm_compile.targets import TARGETS
 
 PAGES = results.pages()

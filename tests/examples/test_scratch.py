@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 import pamm_compile
-from examples.benchmarks import arms, choices, controls, quality, results, scratch
-from examples.benchmarks.scratch import Race, Row
+from examples.benchmarks import arms, tables
+from examples.studies import choices, controls, quality, results, scratch
+from examples.studies.scratch import Race, Row
 from pamm_compile.rules import make_rules
 
 BASE = {"hidden": 128, "steps": 300, "lr": 2e-3, "targets": "linear"}
@@ -127,7 +128,7 @@ def test_races_store_a_tenth_of_the_inputs_and_time_arms_that_there_are(race: Ra
         changed = {"steps": steps} | ({"warmup": race.warmup} if race.warmup else {})
         wanted = quality.setting(race.setting) | (changed if steps != scratch.STEPS else {})
         assert quality.setting(quality.parse(scratch.command(race.setting, row))) == wanted
-    records = quality.records(results.RECORDS / race.record)
+    records = tables.records(results.RECORDS / race.record)
     assert list(scratch.steps_needed(records, race))
     # Exact runs are found by the command that would make them, so that none is made twice.
     exact = quality.setting(quality.parse(scratch.command(race.setting, Row("", "exact"))))

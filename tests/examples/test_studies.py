@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import pamm_compile
-from examples.benchmarks import estimators, quality
-from examples.benchmarks.choices import parse
+from examples.benchmarks import tables
+from examples.studies import estimators, quality
+from examples.studies.choices import parse
 from pamm_compile.methods.base import Method
 from pamm_compile.size import Size
 
@@ -245,10 +246,10 @@ def test_quality_study(run_here: Run, tmp_path: Path) -> None:
     out = tmp_path / "quality.jsonl"
     options = ("--seeds", "0", "1", "--validation-batches", "1", "--out", out)
     methods = ["exact", "generators:4", "rows:2+generators:4@2"]
-    run_here("benchmarks/quality.py", *FEW, "--methods", *methods[:2], *options)
+    run_here("studies/quality.py", *FEW, "--methods", *methods[:2], *options)
     # The third run alone is missing.
-    printed = run_here("benchmarks/quality.py", *FEW, "--methods", *methods, *options)
-    runs = quality.records(out)
+    printed = run_here("studies/quality.py", *FEW, "--methods", *methods, *options)
+    runs = tables.records(out)
     assert [(r["seed"], r["method"]) for r in runs] == [
         (0, "exact"), (0, "generators:4"), (1, "exact"), (1, "generators:4"), (0, methods[2]),
         (1, methods[2]),
@@ -268,15 +269,15 @@ def test_quality_study(run_here: Run, tmp_path: Path) -> None:
 def test_fine_tuning_starts_from_an_exactly_trained_model(run_here: Run, tmp_path: Path) -> None:
     out = tmp_path / "tuning.jsonl"
     options = ("--pretrain", "4", "--seeds", "0", "--validation-batches", "1", "--out", out)
-    run_here("benchmarks/quality.py", *FEW, "--methods", "exact", "generators:4", *options)
-    exact, pamm = quality.records(out)
+    run_here("studies/quality.py", *FEW, "--methods", "exact", "generators:4", *options)
+    exact, pamm = tables.records(out)
     assert exact["losses"][0] == pamm["losses"][0] < math.log(256) - 0.05
 
 
 def test_fidelity_study(run_here: Run, tmp_path: Path) -> None:
     methods = ("generators:128", "generators:8", "rows:fill=8")
     printed = run_here(
-        "benchmarks/fidelity.py", *FEW, "--methods", *methods, "--at", "0", "3",
+        "studies/fidelity.py", *FEW, "--methods", *methods, "--at", "0", "3",
         "--targets", "linear", "--picture", "generators:8", "--draws", "2", "--out", tmp_path,
     )  # fmt: skip
     record = json.loads((tmp_path / "fidelity-32-seed0.json").read_text())

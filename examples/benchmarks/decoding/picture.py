@@ -20,7 +20,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 
 from examples.benchmarks import cli
-from examples.benchmarks.quality import records
+from examples.benchmarks.tables import records
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,8 +1,8 @@
 """Train small language models with approximate weight gradients of several kinds, and compare.
 
-    python examples/benchmarks/quality.py --methods exact pamm:256 subspace:20 --seeds 0 1 2
-    python examples/benchmarks/quality.py --methods exact generators:32 --pretrain 300 --lr 5e-4
-    python examples/benchmarks/quality.py --table runs/quality.jsonl
+    python examples/studies/quality.py --methods exact pamm:256 subspace:20 --seeds 0 1 2
+    python examples/studies/quality.py --methods exact generators:32 --pretrain 300 --lr 5e-4
+    python examples/studies/quality.py --table runs/quality.jsonl
 
 choices.py says how methods are written; the package's own run as they ship. Only the weight
 gradients of the projections are approximated; training is fp32 and eager, and the bytes are those
@@ -33,8 +33,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from examples.benchmarks import choices, cli, corpus, estimators, machine, models, training
-from examples.benchmarks.choices import Choice
+from examples.benchmarks import cli, corpus, machine, models, tables, training
+from examples.studies import choices, estimators
+from examples.studies.choices import Choice
 from pamm_compile.methods.base import Method
 from pamm_compile.size import Size
 
@@ -248,12 +249,6 @@ def pretrained(text: corpus.Text | corpus.Prose, seed: int, args: argparse.Names
     return model
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def table(runs: Iterable[dict[str, Any]]) -> str:
     """Return Markdown: one table a setting, one row a method, gaps paired by seed."""
     settings: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
@@ -296,7 +291,7 @@ def table(runs: Iterable[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     if args.table:
-        print(table(run for path in args.table for run in records(path)))
+        print(table(run for path in args.table for run in tables.records(path)))
         return
     cli.prepare_study(args)
     methods = [choices.parse(method) for method in args.methods]
@@ -307,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in args.seeds:
         known = {
             run["method"]
-            for run in records(args.out)
+            for run in tables.records(args.out)
             if run["seed"] == seed and run["setting"] == setting(args)
         }
         wanted = [method for method in methods if method.text not in known]
@@ -323,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{run['seconds']:.0f} s",
                 flush=True,
             )
-    print(f"\n{table(records(args.out))}\n\n{args.out}")
+    print(f"\n{table(tables.records(args.out))}\n\n{args.out}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Write the tables of README.md and docs/ from the records in docs/benchmarks/.
 
-    python examples/benchmarks/results.py             # write them
-    python examples/benchmarks/results.py --check     # fail if one is not what its record says
+    python examples/studies/results.py             # write them
+    python examples/studies/results.py --check     # fail if one is not what its record says
 
 A page holds a table between two comments, and what is between them is this script's:
 
@@ -31,21 +31,11 @@ if not __package__:
     # Run by its path; see this package's docstring.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from examples.benchmarks import (
-    cli,
-    compile_time,
-    device_model,
-    fidelity,
-    output,
-    partitions,
-    quality,
-    scratch,
-    study_estimators,
-    tables,
-)
+from examples.benchmarks import cli, compile_time, device_model, output, partitions, tables
 from examples.benchmarks.decoding import published
 from examples.benchmarks.machine import CHECKOUT
 from examples.benchmarks.timing import Quartiles, paired_ratios, quartiles
+from examples.studies import fidelity, quality, scratch, study_estimators
 from pamm_compile.devices import device_named
 from pamm_compile.methods.pamm.triton import plan
 from pamm_compile.methods.pamm.triton.model import limits_of
@@ -167,7 +157,7 @@ WHOLE_METHODS = {
 def _first_loss() -> list[str]:
     """Return tuning by the paper's method, and on every linear layer."""
     of: dict[tuple[str, str], dict[int, dict[str, Any]]] = {name: {} for name in WHOLE_METHODS}
-    for run in quality.records(RECORDS / "quality-whole.jsonl"):
+    for run in tables.records(RECORDS / "quality-whole.jsonl"):
         targets = "qkv" if run["method"] == "exact" else run["setting"]["targets"]
         of.get((run["method"], targets), {})[run["seed"]] = run
     exact = of["exact", "qkv"]
@@ -213,7 +203,7 @@ def _only(lines: list[str], names: Sequence[str]) -> list[str]:
 
 
 def _losses(name: str) -> list[str]:
-    return _as_written_today(quality.table(quality.records(RECORDS / name)).splitlines())
+    return _as_written_today(quality.table(tables.records(RECORDS / name)).splitlines())
 
 
 def _as_written_today(lines: list[str]) -> list[str]:
@@ -254,7 +244,7 @@ def _compiled() -> list[str]:
 
 
 def _decoding(write: Callable[[list[dict[str, Any]]], list[str]], file: str) -> list[str]:
-    return write(quality.records(RECORDS / f"decoding-{file}.jsonl"))
+    return write(tables.records(RECORDS / f"decoding-{file}.jsonl"))
 
 
 H100 = device_named("h100")

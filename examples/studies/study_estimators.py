@@ -1,8 +1,8 @@
 """What decides the error of `Subspace`, and what else its bytes could buy.
 
-    python examples/benchmarks/study_estimators.py --hidden 512 --heads 8 --layers 2 --steps 100 \
+    python examples/studies/study_estimators.py --hidden 512 --heads 8 --layers 2 --steps 100 \
         --lr 1e-3 --seed 0
-    python examples/benchmarks/study_estimators.py --table runs/estimators-512-seed*.json
+    python examples/studies/study_estimators.py --table runs/estimators-512-seed*.json
 
 Trains a small LLaMA exactly, keeps inputs X and output gradients dZ of every linear layer at the
 last step, and compares each method's dW with dZᵀX: relative error, and the bias in it, which stays
@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from examples.benchmarks import cli, corpus, machine, models, tables, training
-from examples.benchmarks.subspace_variants import STORED, Estimate, Variants
+from examples.studies.subspace_variants import STORED, Estimate, Variants
 from pamm_compile import Pamm, Size, Subspace
 from pamm_compile.methods.base import Method
 

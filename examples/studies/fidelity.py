@@ -1,7 +1,7 @@
 """Compare approximate weight gradients with the exact ones while a model trains exactly.
 
-    python examples/benchmarks/fidelity.py
-    python examples/benchmarks/fidelity.py --hidden 512 --heads 8 --layers 2 --batch 8 --lr 1e-3
+    python examples/studies/fidelity.py
+    python examples/studies/fidelity.py --hidden 512 --heads 8 --layers 2 --batch 8 --lr 1e-3
 
 At some steps of exact training the inputs X and output gradients dZ of every projection of the
 --targets are kept, and the weight gradients of each method are compared with dZᵀ X: cosine,
@@ -35,8 +35,9 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
-from examples.benchmarks import choices, cli, corpus, estimators, machine, models, tables, training
-from examples.benchmarks.choices import Choice
+from examples.benchmarks import cli, corpus, machine, models, tables, training
+from examples.studies import choices, estimators
+from examples.studies.choices import Choice
 from pamm_compile.methods.base import Method
 from pamm_compile.size import Size
 

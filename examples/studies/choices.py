@@ -34,8 +34,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from examples.benchmarks import controls, estimators
-from examples.benchmarks.estimators import Chain, Exact, Filled
+from examples.studies import controls, estimators
+from examples.studies.estimators import Chain, Exact, Filled
 from pamm_compile.methods import METHODS
 from pamm_compile.methods.base import Method
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from examples.benchmarks.estimators import Estimator, gradients
+from examples.studies.estimators import Estimator, gradients
 from pamm_compile import Subspace
 from pamm_compile.methods.sampling import site_seed
 from pamm_compile.methods.subspace.directions import principal_directions

@@ -1,7 +1,7 @@
 """Training from random weights: where a gap comes from, what helps, and the time to a loss.
 
-    python examples/benchmarks/scratch.py                  # hours
-    python examples/benchmarks/scratch.py --only race
+    python examples/studies/scratch.py                  # hours
+    python examples/studies/scratch.py --only race
 
 Runs quality.py for every row, three seeds each, and prints the tables. Runs that --out holds are
 not repeated. Rows name a method, what it approximates and what differs from the study's setting;
@@ -26,7 +26,8 @@ if not __package__:
     # Run by its path; see this package's docstring.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from examples.benchmarks import choices, cli, models, quality, tables
+from examples.benchmarks import cli, models, tables
+from examples.studies import choices, quality
 from pamm_compile.size import Size
 
 Records = Sequence[dict[str, Any]]
@@ -311,7 +312,7 @@ def file_of(row: Row) -> str:
 def study(folder: Path, rows: Sequence[Row]) -> list[str]:
     """Return the lines of a table of the study, by the records of a folder."""
     files = {folder / file_of(row) for row in rows}
-    records = [each for file in sorted(files) for each in quality.records(file)]
+    records = [each for file in sorted(files) for each in tables.records(file)]
     return table(records, quality.setting(STUDY), rows)
 
 
@@ -338,7 +339,7 @@ def races(folder: Path) -> list[str]:
             print(f"{race.label}: no step times in {timed}")
             continue
         arm = json.loads(timed.read_text())["models"][race.model]["arms"][race.arm]
-        cells = raced(quality.records(folder / race.record), race, arm["time_ratio"]["median"])
+        cells = raced(tables.records(folder / race.record), race, arm["time_ratio"]["median"])
         if cells:
             share = f"{100 * share_of_bytes(race.method, race.setting):.1f} %"
             lines.append([*cells[:3], share, *cells[3:]])
