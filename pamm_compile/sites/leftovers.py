@@ -144,8 +144,9 @@ class _Search:
 
     def _name(self, node: Node, operand: Node, reason: Reason, detail: str = "") -> None:
         for weight, carried in self._carried.get(operand, {}).items():
-            # What varies along one dimension alone scales or shifts a matrix, and makes none.
-            if not all(carried.spread[-2:]):
+            # What varies along one dimension alone scales or shifts activations, and is no matrix.
+            active = self._flow.operands.is_active(operand)
+            if active and not all(carried.spread[-2:]):
                 continue
             if node not in self._live:
                 decline = Decline(Reason.NO_WEIGHT_GRAD, weight.name, NO_GRADIENT)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from pamm_testing.sweep import __main__ as command
-from pamm_testing.sweep.check import check, verdict
+from pamm_testing.sweep.check import check, names_in, verdict
 from pamm_testing.sweep.reads import Reads
 from pamm_testing.sweep.shrink import VOCAB, shrink
 from pamm_testing.sweep.steps import Architecture, Step
@@ -82,8 +82,8 @@ def _report(compressed: str, *notes: Note) -> Report:
         ({"a": 3.0, "b": 1.0}, (), {}),
         ({"a": 1.0, "b": 1.0}, (), {"unchanged": ["a"]}),
         ({"a": 3.0, "b": 3.0}, (), {"unlisted": ["b"]}),
-        ({"a": 3.0, "b": 3.0}, (Note("AMBIGUOUS_NAME", "a", "Layer"),), {}),
-        ({"a": 3.0, "b": 3.0}, (Note("AMBIGUOUS_NAME", "a", "Other"),), {"unlisted": ["b"]}),
+        ({"a": 3.0, "b": 3.0}, (Note("AMBIGUOUS_NAME", "{a,b}"),), {}),
+        ({"a": 3.0, "b": 3.0}, (Note("AMBIGUOUS_NAME", "{a,c}"),), {"unlisted": ["b"]}),
         ({"a": 3.0}, (), {"unlisted": ["b"]}),
     ],
 )
@@ -95,6 +95,18 @@ def test_the_verdict_finds_what_is_not_as_promised(
     row = verdict(exact, step, _report("a", *notes), {"a"})
     found = {kind: row[kind] for kind in command.WRONG if kind in row}
     assert found == wrong
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("a", {"a"}),
+        ("a, b + c", {"a", "b", "c"}),
+        ("l.{0,1}.w, {q,k.v}.w", {"l.0.w", "l.1.w", "q.w", "k.v.w"}),
+    ],
+)
+def test_names_are_read_out_of_notes(text: str, names: set[str]) -> None:
+    assert names_in(text) == names
 
 
 def test_weights_in_no_list_are_silent() -> None:

@@ -119,10 +119,13 @@ def verdict(
         declined[str(site.reason)].update(site.parameters)
     listed = compressed.union(*declined.values())
     for note in report.notes:
-        listed.update(re.split(r", | \+ ", note.what))
+        listed.update(names_in(note.what))
 
     changed = _differences(exact.weights, ours.weights)
-    unlisted = {name for name in changed - compressed if not _is_ambiguous(name, ours, report)}
+    told = {
+        n for note in report.notes if note.reason == "AMBIGUOUS_NAME" for n in names_in(note.what)
+    }
+    unlisted = changed - compressed - told
     unchanged = (compressed & exact.weights.keys()) - changed
     silent = weights - listed
     inputs = _differences(exact.inputs, ours.inputs)
@@ -150,11 +153,19 @@ def verdict(
     return row | {kind: _brief(names) for kind, names in wrong.items() if names}
 
 
-def _is_ambiguous(name: str, step: Step, report: Report) -> bool:
-    notes = [note for note in report.notes if note.reason == "AMBIGUOUS_NAME"]
-    return any(
-        name in note.what.split(", ") or note.detail in step.classes.get(name, ()) for note in notes
-    )
+def names_in(text: str) -> set[str]:
+    """Return the names that a note lists, as "a.weight, layers.{0,1}.b + c"."""
+    return {
+        name for part in re.split(r"(?:, | \+ )(?![^{]*})", text) for name in _spelled_out(part)
+    }
+
+
+def _spelled_out(name: str) -> list[str]:
+    match = re.fullmatch(r"(.*?){(.*?)}(.*)", name)
+    if match is None:
+        return [name]
+    before, choices, behind = match.groups()
+    return [before + one + rest for one in choices.split(",") for rest in _spelled_out(behind)]
 
 
 def _differences(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> set[str]:
