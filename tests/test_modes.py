@@ -25,11 +25,19 @@ def _case() -> tuple[Attention, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_modes_give_the_same_gradients(mode: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [
+        ("pamm", "reduce-overhead"),
+        ("subspace", "max-autotune"),
+        pytest.param("pamm", "max-autotune", marks=pytest.mark.everything),
+        pytest.param("subspace", "reduce-overhead", marks=pytest.mark.everything),
+    ],
+)
+def test_modes_give_the_same_gradients(method: str, mode: str) -> None:
     """On a CPU neither CUDA graphs nor Triton are involved; the GPU's tests are marked so."""
     model, batch = _case()
-    backend = pamm_compile.backend(ratio=8, min_tokens=1)
+    backend = pamm_compile.backend(rules=f"qkv={method}:8", min_tokens=1)
     default = step(model, torch.compile(model, backend=backend), batch, _square)
     torch._dynamo.reset()
     backend.report.clear()
@@ -38,6 +46,27 @@ def test_modes_give_the_same_gradients(mode: str) -> None:
     torch.testing.assert_close(ours.loss, default.loss)
     for name, grad in default.grads.items():
         torch.testing.assert_close(ours.grads[name], grad, rtol=1e-4, atol=1e-6)
+    exact = step(model, model, batch, _square)
+    assert any(not torch.allclose(exact.grads[n], g, rtol=1e-2) for n, g in ours.grads.items())
+
+
+@pytest.mark.parametrize("rule", ["qkv=pamm:8", "qkv=subspace:8"])
+def test_symbolic_sizes_give_the_gradients_of_constant_ones(rule: str) -> None:
+    model, _ = _case()
+    backend = pamm_compile.backend(rules=rule, min_tokens=1, base="aot_eager")
+    dynamic = torch.compile(model, backend=backend, dynamic=True)
+    for length in (24, 40):
+        batch = {"x": torch.randn(4, length, WIDTH)}
+        ours = step(model, dynamic, batch, _square)
+    # One graph for both lengths.
+    assert len(backend.report.graphs) == len(backend.report.compressed) == 1
+    torch._dynamo.reset()
+    constant = step(model, torch.compile(model, backend=backend, dynamic=False), batch, _square)
+    assert len(backend.report.compressed) == 2
+    for name, grad in constant.grads.items():
+        torch.testing.assert_close(ours.grads[name], grad, rtol=1e-4, atol=1e-6)
+    exact = step(model, model, batch, _square)
+    assert any(not torch.allclose(exact.grads[n], g, rtol=1e-2) for n, g in ours.grads.items())
 
 
 def test_compiled_autograd_gives_the_same_gradients() -> None:

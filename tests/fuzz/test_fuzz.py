@@ -22,8 +22,10 @@ from pamm_testing.fuzz.spec import (
     MLPS,
     NORMS,
     ORDERS,
+    RELATIVE,
     RETURNED,
     SHARED,
+    TAILS,
     Spec,
 )
 
@@ -54,7 +56,12 @@ def specs(draw: st.DrawFn, form: str) -> Spec:
     head_dim = draw(st.sampled_from((2, 4, 6, 8)))
     # Dynamo takes a size for a constant if another happens to be equal to it.
     fixed = {width, heads, kv_heads, heads // kv_heads, head_dim, head_dim // 2, 2 * width + 1}
-    fixed |= {heads * head_dim, kv_heads * head_dim, 3 * width}
+    fixed |= {heads * head_dim, kv_heads * head_dim, 3 * width, 2 * width, width // 2, 3, 7}
+    tail = draw(st.sampled_from(TAILS)) if draw(st.booleans()) else "none"
+    # Few of the products of a tail are projections: "linear" is what names them all.
+    targets = rarely(st.sampled_from(("linear", "mlp", r"\.v\b|up|gate")), "qkv")
+    if tail != "none" and draw(st.booleans()):
+        targets = "linear"
     may_vary = len({batch, length, memory_length} - fixed) == 3
     return Spec(
         form=form,
@@ -64,6 +71,8 @@ def specs(draw: st.DrawFn, form: str) -> Spec:
         mlp=draw(st.sampled_from(MLPS)),
         shared=shared,
         cross=draw(st.sampled_from(CROSS)),
+        relative=draw(st.sampled_from(RELATIVE)),
+        tail=tail,
         dtype=draw(st.sampled_from(DTYPES)),
         returned=draw(st.sampled_from(RETURNED)),
         batch=batch,
@@ -91,7 +100,7 @@ def specs(draw: st.DrawFn, form: str) -> Spec:
         epsilon=rarely(st.sampled_from((0.0, 0.3, 0.8, 2.0)), None),
         sampling=draw(st.sampled_from(("stratified", "uniform"))),
         min_tokens=rarely(24, 1),
-        targets=rarely(st.sampled_from(("linear", "mlp", r"\.v\b|up|gate")), "qkv"),
+        targets=targets,
         seed=draw(st.integers(0, 3)),
         budget=budget,
         decompose=draw(st.booleans()),

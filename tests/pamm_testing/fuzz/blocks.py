@@ -23,6 +23,7 @@ from pamm_testing.fuzz.products import (
     weight_of,
 )
 from pamm_testing.fuzz.spec import Spec
+from pamm_testing.fuzz.tails import Tail
 
 # Attention ---------------------------------------------------------------------------------------
 
@@ -83,7 +84,9 @@ def _rotate(x: Tensor) -> Tensor:
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
 
 
-def _attend(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(
+    spec: Spec, q: Tensor, k: Tensor, v: Tensor, positions: nn.Module | None = None
+) -> Tensor:
     rows, columns = q.shape[-2], k.shape[-2]
     keep = torch.arange(columns) <= torch.arange(rows)[:, None]
     additive = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, -1e4)
@@ -100,6 +103,13 @@ def _attend(spec: Spec, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         }[spec.attention]
         return F.scaled_dot_product_attention(q, k, v, dropout_p=spec.dropout, **more)
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if positions is not None:
+        far = torch.arange(rows)[:, None] - torch.arange(columns)
+        found = positions(q)
+        if spec.relative == "buckets":
+            index = (far.clamp(-3, 3) + 3).expand(*q.shape[:2], rows, columns)
+            found = found.gather(-1, index)
+        scores = scores + (found if spec.relative == "buckets" else found * far.abs()) / 8
     if spec.attention == "math_exp":
         weights = torch.exp(scores - scores.amax(-1, keepdim=True))
         weights = weights / weights.sum(-1, keepdim=True)
@@ -120,6 +130,9 @@ class Attention(nn.Module):
         self.spec = spec
         self.project = Projections(spec, cross=cross)
         self.o = Dense(spec.heads * spec.head_dim, spec.width, spec.bias)
+        self.positions = None
+        if spec.relative != "none" and spec.attention.startswith("math"):
+            self.positions = Dense(spec.head_dim, 7 if spec.relative == "buckets" else 1, False)
         if spec.qk_norm:
             self.q_scale, self.k_scale = (
                 nn.Parameter(torch.rand(spec.head_dim) + 0.5) for _ in range(2)
@@ -144,7 +157,7 @@ class Attention(nn.Module):
             q, k = _rotate(q), _rotate(k)
         if spec.kv_heads != spec.heads:
             k, v = (t.repeat_interleave(spec.heads // spec.kv_heads, dim=1) for t in (k, v))
-        out = _attend(spec, q, k, v.to(q.dtype)).transpose(1, 2).flatten(2)
+        out = _attend(spec, q, k, v.to(q.dtype), self.positions).transpose(1, 2).flatten(2)
         return F.dropout(self.o(out.to(x.dtype)), spec.dropout)
 
 
@@ -234,6 +247,7 @@ class Model(nn.Module):
         self.spec = spec
         self.embed = Dense(3 * spec.width, spec.width, True) if spec.projected else None
         self.blocks = nn.ModuleList(Block(spec) for _ in range(spec.layers))
+        self.tail = None if spec.tail == "none" else Tail(spec.tail, spec.width)
 
     def forward(self, x: Tensor, memory: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         hidden = x if self.embed is None else self.embed(x)
@@ -244,6 +258,8 @@ class Model(nn.Module):
                 hidden = checkpoint(block, hidden, memory, use_reentrant=False)
             else:
                 hidden = block(hidden, memory)
+        if self.tail is not None:
+            hidden = self.tail(hidden)
         loss = (hidden.float() - target).square().mean()
         if self.spec.returned == "loss":
             return (loss,)

@@ -344,6 +344,9 @@ def _check_report(spec: Spec, model: Model, captured: Captured) -> None:
                 weights = [p for n, p in module.named_parameters() if "bias" not in n]
                 missing = {names[id(p)] for p in weights if p.requires_grad} - got.keys()
                 assert not missing, "a matmul was overlooked"
+        if model.tail is not None and model.tail.w is not None:
+            notes = {name for note in report.notes for name in note.what.split(", ")}
+            assert "tail.w" in got.keys() | notes
 
 
 def _check_nothing_silent(spec: Spec, model: Model, report: GraphReport) -> None:

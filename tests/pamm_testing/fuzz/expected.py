@@ -39,6 +39,9 @@ def expect(spec: Spec, model: Model) -> Expected | None:
     """
     if spec.targets != "qkv" or spec.order == "bare" or spec.has_products_of_elements:
         return None
+    if spec.tail != "none":
+        # Some attend too, to what the last block made.
+        return None
     if spec.norm == "layer_plain" and spec.decompose:
         # Its backward pass computes what it returned again, in some dtypes by the same calls.
         return None

@@ -19,6 +19,11 @@ ORDERS = ("pre", "post", "sandwich", "parallel", "parallel_norms", "bare")
 MLPS = ("gelu", "swiglu", "relu", "none")
 SHARED = ("none", "tied_qk", "block_twice", "norm")
 CROSS = ("none", "only", "after_self")
+TAILS = (
+    "pool", "latents", "slots", "kernel", "modulated", "bank", "codes", "picked", "columns",
+    "narrow",
+)  # fmt: skip
+RELATIVE = ("none", "buckets", "slope")
 DTYPES = ("float32", "bfloat16", "float16", "float64", "autocast")
 RETURNED = ("loss", "hidden", "hidden_used", "input_used")
 
@@ -34,6 +39,10 @@ class Spec:
     mlp: str = "gelu"
     shared: str = "none"
     cross: str = "none"
+    relative: str = "none"
+    """What is read off the queries and added to the scores of attention by hand."""
+    tail: str = "none"
+    """What stands behind the blocks."""
     dtype: str = "float32"
     returned: str = "loss"
     batch: int = 2
@@ -77,4 +86,5 @@ class Spec:
     @property
     def has_products_of_elements(self) -> bool:
         """Whether Inductor may make matmuls over one token, or one key, products of elements."""
-        return self.decompose and 1 in (self.length, self.memory_length)
+        per_sample = self.batch if self.tail in ("modulated", "bank") else 2
+        return self.decompose and 1 in (self.length, self.memory_length, per_sample)
