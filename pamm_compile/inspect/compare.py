@@ -124,8 +124,8 @@ def compare_memory(
         compiled = torch.compile(model, backend=…)
 
     under `torch._functorch.config.activation_memory_budget`, with which torch.compile itself
-    recomputes what is cheap. Everything is put back that this changes in the model; its hooks run
-    at every step. All code that torch.compile made before in
+    recomputes what is cheap. Everything is put back that this changes in the model; hooks of
+    modules and of the batch run at every step, those on gradients of parameters do not. All code that torch.compile made before in
     this process is forgotten.
 
     Args:

@@ -128,8 +128,11 @@ def test_everything_is_put_back(look: Callable[[nn.Module, Tensor], None]) -> No
     look(model, x)
 
     assert _kept(_state(model, x)) == kept
-    assert set(called) <= {"forward"}
-    assert len(called) <= 1
+    if look is _look_compare:
+        # Its inputs are the caller's affair.
+        assert set(called) == {"input"}
+    else:
+        assert called == ["forward"]
     # Hooks are back as well.
     model(x).backward()
     assert {"gradient", "accumulated", "input"} <= set(called)
