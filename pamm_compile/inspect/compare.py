@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import statistics
@@ -18,6 +19,7 @@ from torch.fx import GraphModule
 from pamm_compile.driver import inductor_settings
 from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.inspect.measure import MemoryUse, differentiate, measure_memory
+from pamm_compile.inspect.undisturbed import refuse_without_values, undisturbed
 from pamm_compile.private import inductor, memory
 from pamm_compile.torch_backend import Backend
 
@@ -122,7 +124,8 @@ def compare_memory(
         compiled = torch.compile(model, backend=…)
 
     under `torch._functorch.config.activation_memory_budget`, with which torch.compile itself
-    recomputes what is cheap. Weights stay as they are. All code that torch.compile made before in
+    recomputes what is cheap. Everything is put back that this changes in the model; hooks of
+    modules and of the batch run at every step, those on gradients of parameters do not. All code that torch.compile made before in
     this process is forgotten.
 
     Args:
@@ -140,7 +143,7 @@ def compare_memory(
         One entry per arm.
 
     Raises:
-        MeasurementError: an arm ran nothing compiled.
+        MeasurementError: an arm ran nothing compiled, or the model has no values.
         InvalidOptionError: the budget is not from 0 to 1, or an Inductor setting is unknown.
     """
     if not 0 <= budget <= 1:
@@ -148,6 +151,7 @@ def compare_memory(
             f"budget={budget!r} is not allowed: it is the fraction of activation memory to keep, "
             "from 0 (recompute everything) to 1 (recompute nothing beyond the default)."
         )
+    refuse_without_values("compare_memory()", model, ())
     settings = inductor_settings(mode, options)
 
     def exact(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -165,7 +169,9 @@ def compare_memory(
         "PAMM" + suffix: _ArmBackend(pamm, budget),
     }
     torch.compiler.reset()
-    try:
+    with contextlib.ExitStack() as afterwards:
+        afterwards.callback(torch.compiler.reset)
+        afterwards.enter_context(undisturbed(model))
         runs: dict[str, Callable[[], Tensor]] = {"eager": lambda: loss(model)}
         for name, arm in arms.items():
             # compile() is annotated as returning a function; of a module it returns a module.
@@ -188,8 +194,6 @@ def compare_memory(
             ),
             steps,
         )
-    finally:
-        torch.compiler.reset()
 
 
 class _ArmBackend:

@@ -35,9 +35,9 @@ def explain(
     """Show what would be compressed in a model, without changing or compiling it.
 
     Equivalent to compiling the model, calling it once and printing the backend's `report`, except
-    that nothing is rewritten, operators run eagerly, and buffers and random-number generators are
-    put back. Like `torch._dynamo.explain` it resets Dynamo, so what is compiled already compiles
-    again at its next call.
+    that nothing is rewritten, operators run eagerly, and everything is put back that the
+    call changes; hooks of modules run once. Like `torch._dynamo.explain` it resets Dynamo, so what
+    is compiled already compiles again at its next call.
 
     Args:
         model: any module; a compiled one is unwrapped.
@@ -67,6 +67,6 @@ def explain(
         report.add(with_names_told_apart(found(pipeline), names, chosen.options))
         return compiled
 
-    with undisturbed(model):
+    with undisturbed(model, (args, kwargs)):
         visit(model, lambda compiled: compiled(*args, **kwargs), look)
     return report

@@ -19,7 +19,7 @@ from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.observe import Observation, ObserveSites
-from pamm_compile.inspect.undisturbed import undisturbed
+from pamm_compile.inspect.undisturbed import refuse_without_values, undisturbed
 from pamm_compile.methods import checked
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import content_seed
@@ -161,8 +161,8 @@ def fidelity(
 
     Equivalent to running forward and backward once, exactly, and comparing at every input X of
     projections `method.weight_gradients(method.store(X, seed), [dZ])` with dZᵀX for several seeds.
-    Parameters, their gradients, buffers and random-number generators stay as they are. Like
-    `explain` it resets Dynamo.
+    Everything is put back that this changes, hooks of modules run once, and those on gradients of
+    parameters do not. Like `explain` it resets Dynamo.
 
     Args:
         model: any module; a compiled one is unwrapped.
@@ -180,7 +180,9 @@ def fidelity(
     Raises:
         InvalidOptionError: not exactly one of `rules` and `methods` is given, draws < 1, or an
             option would go to the model.
-        MeasurementError: the model returns no loss, or nothing was found.
+        MeasurementError: the model returns no loss, nothing was found, or the model is fake or on
+            the meta device.
+        MethodError: a method did what methods may not do.
     """
     refuse_options(model, kwargs, "What is compared is given as rules=… or methods=….")
     if (rules is None) == (methods is None) or (methods is not None and not methods):
@@ -190,6 +192,7 @@ def fidelity(
         )
     if draws < 1:
         raise InvalidOptionError(f"draws={draws} is not allowed: draws must be at least 1.")
+    refuse_without_values("fidelity()", model, (args, kwargs))
     compared = list(methods or [])
     chosen = make_rules(rules) if rules is not None else (Rule("linear", compared[0]),)
     rows: list[tuple[int, SiteFidelity]] = []
@@ -209,10 +212,10 @@ def fidelity(
     def run(compiled: torch.nn.Module) -> None:
         scalar = _loss_of(compiled(*args, **kwargs), loss)
         trained = [p for p in model.parameters() if p.requires_grad]
-        # Not backward(): gradients would add to those that are there, and hooks would run.
+        # Not backward(), whose gradients would be of no use.
         torch.autograd.grad(scalar, trained, allow_unused=True)
 
-    with undisturbed(model), bar:
+    with undisturbed(model, (args, kwargs)), bar:
         visit(model, run, observe)
     if not rows:
         raise MeasurementError(

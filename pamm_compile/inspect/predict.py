@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from pamm_compile.driver import (
@@ -21,7 +23,9 @@ from pamm_compile.driver import (
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.measure import SavedStorage, saved_storages
+from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.names import Names
+from pamm_compile.private import memory
 from pamm_compile.report import Report
 from pamm_compile.torch_backend import Backend, backend
 
@@ -55,12 +59,13 @@ def predict_saved(
 
     except that no code is generated: graphs are traced, rewritten and partitioned as for Inductor,
     and their operators run one by one. Nothing is computed or allocated if model and inputs are
-    fake, so that a model may be larger than the machine:
+    fake or on the meta device, so that a model may be larger than the machine:
 
         with torch._subclasses.FakeTensorMode():
             prediction = predict_saved(make_model(), *make_inputs())
 
-    Like `torch._dynamo.explain` it resets Dynamo.
+    Everything is put back that the call changes, and hooks of modules run once. Like
+    `torch._dynamo.explain` it resets Dynamo.
 
     Args:
         model: any module; its parameters and buffers do not count. A compiled one is unwrapped.
@@ -94,9 +99,48 @@ def predict_saved(
         return compiled
 
     own = getattr(model, "_orig_mod", model)
-    saved = visit(
-        model,
-        lambda compiled: saved_storages(lambda: compiled(*args, **kwargs), model=own),
-        partition,
-    )
+    with undisturbed(own, (args, kwargs)), _fake_if_meta(own, (args, kwargs)) as (given, named):
+        saved = visit(
+            own,
+            lambda compiled: saved_storages(lambda: compiled(*given, **named), model=own),
+            partition,
+        )
     return Prediction(saved, report)
+
+
+@contextlib.contextmanager
+def _fake_if_meta(
+    model: torch.nn.Module, inputs: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Let fake tensors stand in for all if some are on the meta device.
+
+    Of what is on the meta device Inductor computes nothing, and saves nothing. The model is to be
+    put back by the caller.
+    """
+    given = [*model.parameters(), *model.buffers(), *memory.tensors_in(inputs)]
+    if all(tensor.device.type != "meta" for tensor in given):
+        yield inputs
+        return
+    made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            plain = torch.empty_strided(
+                tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu"
+            )
+            # Tied ones stay tied.
+            made[id(tensor)] = (
+                nn.Parameter(plain, tensor.requires_grad)
+                if isinstance(tensor, nn.Parameter)
+                else plain.requires_grad_(tensor.requires_grad)
+            )
+        return made[id(tensor)]
+
+    with memory.fake_mode():
+        for module in model.modules():
+            places: tuple[dict[str, Any], ...] = (
+                module._parameters, module._buffers, vars(module),
+            )  # fmt: skip
+            for held in places:
+                held.update({n: fake(t) for n, t in held.items() if isinstance(t, Tensor)})
+        yield memory.with_tensors(inputs, fake)
