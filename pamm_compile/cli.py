@@ -6,7 +6,7 @@ import argparse
 import importlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pamm_compile import checks
 from pamm_compile.errors import InvalidOptionError, PammError
 from pamm_compile.inspect.compare import compare_memory
 from pamm_compile.inspect.explain import explain
 from pamm_compile.inspect.fidelity import fidelity
 from pamm_compile.inspect.recommend import recommend
+from pamm_compile.integrations.configurations import Asked, from_config
 from pamm_compile.private import memory
 from pamm_compile.torch_backend import Backend, backend
 
@@ -124,14 +126,16 @@ def _subject(chosen: argparse.Namespace) -> Subject:
             "--config path/to/config.json of a Transformers model."
         )
     if chosen.config:
-        return _from_config(Path(chosen.config), chosen)
+        asked = Asked(chosen.batch, chosen.sequence, _DTYPES[chosen.dtype], chosen.device)
+        model, batch = from_config(Path(chosen.config), asked, random=chosen.command != "explain")
+        return Subject(model, batch)
     return _from_function(chosen.subject)
 
 
 def _from_function(name: str) -> Subject:
-    module, separator, function = name.partition(":")
-    if not separator:
-        raise InvalidOptionError(f"{name!r} is not allowed: write MODULE:FUNCTION.")
+    module, _, function = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise InvalidOptionError(f"{checks.shown(name)} is not allowed: write MODULE:FUNCTION.")
     # As `python -m` does: what lies in the current folder can be named.
     sys.path.insert(0, "")
     try:
@@ -139,36 +143,13 @@ def _from_function(name: str) -> Subject:
     except (ImportError, AttributeError) as error:
         raise InvalidOptionError(f"{name!r} cannot be imported: {error}.") from error
     made = make()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
-        raise InvalidOptionError(
-            f"{name} returned {type(made).__name__}: it must return a model and a batch, which is "
-            "a mapping of keyword arguments."
-        )
-    return Subject(made[0].train(), dict(made[1]))
-
-
-def _from_config(path: Path, chosen: argparse.Namespace) -> Subject:
-    try:
-        import transformers
-    except ImportError as error:
-        raise InvalidOptionError(
-            "--config needs Transformers: pip install transformers."
-        ) from error
-    if not path.exists():
-        raise InvalidOptionError(f"--config {path}: there is no such file.")
-    config: Any = transformers.AutoConfig.from_pretrained(path)
-    config.use_cache = False
-    names = config.architectures or []
-    classes = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
-    make: Callable[..., nn.Module] = (
-        classes[0]._from_config if classes else transformers.AutoModelForCausalLM.from_config
+    match made:
+        case (nn.Module() as model, Mapping() as batch):
+            return Subject(model.train(), dict(batch))
+    raise InvalidOptionError(
+        f"{name} returned {type(made).__name__}: it must return a model and a batch, which is "
+        "a mapping of keyword arguments."
     )
-    with torch.device(chosen.device):
-        model = make(config, dtype=_DTYPES[chosen.dtype]).train()
-    ids = torch.zeros(chosen.batch, chosen.sequence, dtype=torch.int64, device=chosen.device)
-    if chosen.command != "explain":
-        ids = torch.randint_like(ids, config.get_text_config().vocab_size)
-    return Subject(model, {"input_ids": ids, "labels": ids})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -203,7 +184,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--goal", default="memory", choices=("memory", "speed", "any"))
     command.add_argument("--min-tokens", type=int, default=256)
     command.add_argument("--batch", type=int, default=1, help="sequences, with --config")
-    command.add_argument("--sequence", type=int, default=2048, help="tokens, with --config")
+    command.add_argument(
+        "--sequence", type=int, help="tokens, with --config; 2,048 at most by default"
+    )
     command.add_argument("--dtype", default="bfloat16", choices=tuple(_DTYPES))
     command.add_argument("--device", default="cpu")
     command.add_argument("--json", action="store_true", help="print JSON in place of a table")

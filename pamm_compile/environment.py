@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pamm_compile import checks
 from pamm_compile.checks import unknown_option
 from pamm_compile.errors import InvalidOptionError
 from pamm_compile.graph.pipeline import DISABLE
@@ -47,7 +48,7 @@ def options_from_environment(environment: Mapping[str, str] = os.environ) -> dic
             # Checked one by one: the error of a whole would not name the variable to blame.
             Options.from_mapping({name: value})
         except InvalidOptionError as error:
-            raise InvalidOptionError(f"{variable}={text}: {error}") from None
+            raise InvalidOptionError(f"{variable}={checks.shown(text)[1:-1]}: {error}") from None
         found[name] = value
     return found
 
@@ -70,14 +71,9 @@ def _targets(text: str) -> re.Pattern[str] | str:
     # An empty expression matches every name, which nobody means by an empty variable.
     if text in (*TARGETS, ""):
         return text
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise InvalidOptionError(
-            f"targets={text!r} is no regular expression: {error}. targets must be "
-            f"{' or '.join(map(repr, TARGETS))} or a regular expression that parameter "
-            "names are searched for."
-        ) from None
+    named = " or ".join(map(repr, TARGETS))
+    hint = f"Write {named}, or a regular expression that parameter names are searched for."
+    return checks.pattern("targets", text, hint)
 
 
 _PARSERS: Mapping[str, Callable[[str], Any]] = {

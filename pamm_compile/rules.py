@@ -9,8 +9,9 @@ The first rule whose target holds a projection decides about it.
 from __future__ import annotations
 
 import ast
+import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pamm_compile import checks
@@ -24,6 +25,8 @@ Target = str | re.Pattern[str]
 Rules = tuple["Rule", ...]
 
 _EXACT = "exact"
+_LINE = 400
+"""Longer text is not shown again below its error."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def make_rules(given: object) -> Rules:
     if isinstance(given, str):
         return parse_rules(given)
     if isinstance(given, tuple) and given and all(isinstance(each, Rule) for each in given):
-        return given
+        return _each_once(given)
     if not isinstance(given, Mapping) or not given:
         raise InvalidOptionError(
             f"rules={given!r} is not allowed: rules must be a non-empty mapping of targets to "
@@ -123,19 +126,35 @@ def parse_rules(text: str) -> Rules:
         try:
             rules.append(_parse_rule(part))
         except InvalidOptionError as error:
+            if len(text) > _LINE:
+                raise
             pointer = " " * start + "^" * max(1, len(part))
             raise InvalidOptionError(f"{error}\n  {text}\n  {pointer}") from None
     if not rules:
         raise InvalidOptionError('rules="" is not allowed: write for example "qkv=pamm:256".')
+    return _each_once(rules)
+
+
+def _each_once(rules: Sequence[Rule]) -> Rules:
+    targets: set[Target] = set()
+    for rule in rules:
+        if rule.target in targets:
+            named = rule.target if isinstance(rule.target, str) else f"/{rule.target.pattern}/"
+            raise InvalidOptionError(
+                f"{checks.shown(named)} has two rules: the first decides, so leave the other out."
+            )
+        targets.add(rule.target)
     return tuple(rules)
 
 
 def _parts(text: str) -> Iterator[tuple[int, str]]:
     """Yield what commas separate, those within slashes set aside, and where each begins."""
-    begin, quoted = 0, False
+    begin, quoted, escaped = 0, False, False
     for place, letter in enumerate(f"{text},"):
-        if letter == "/" and text[place - 1 : place] != "\\":
+        if letter == "/" and not escaped:
             quoted = not quoted
+        # A backslash that is escaped itself escapes nothing.
+        escaped = letter == "\\" and not escaped
         if letter == "," and (not quoted or place == len(text)):
             part = text[begin:place]
             if part.strip():
@@ -149,7 +168,7 @@ def _parse_rule(part: str) -> Rule:
     match = re.fullmatch(rf"({pattern}|{name})\s*=\s*(?P<how>.*)", part)
     if match is None:
         raise InvalidOptionError(
-            f"{part!r} is not a rule: write TARGET=METHOD, such as qkv=pamm:256 or "
+            f"{checks.shown(part)} is not a rule: write TARGET=METHOD, such as qkv=pamm:256 or "
             "/lm_head/=exact, with patterns between slashes."
         )
     if match["pattern"] is not None:
@@ -162,34 +181,52 @@ def _parse_rule(part: str) -> Rule:
 def _pattern(text: str) -> re.Pattern[str]:
     if not text:
         raise InvalidOptionError("// is no pattern: an empty one would match every name.")
-    try:
-        return re.compile(text)
-    except re.error as error:
-        raise InvalidOptionError(f"/{text}/ is no regular expression: {error}.") from None
+    return checks.pattern("target", text, "Write one that parameter names are searched for.")
 
 
 def _parse_method(text: str) -> Method | None:
     name, *values = (value.strip() for value in text.split(":"))
-    if name == _EXACT and not values:
+    if name == _EXACT:
+        if values:
+            given = ":".join(values)
+            raise InvalidOptionError(
+                f"{_EXACT}:{checks.shown(given)[1:-1]} is not allowed: {_EXACT} takes no options."
+            )
         return None
     if name not in METHODS:
         allowed = (*METHODS, _EXACT)
         near = checks.nearest(name, allowed)
         hint = f"Did you mean {near!r}? " if near else ""
         raise InvalidOptionError(
-            f"{name!r} is not a method. {hint}Allowed: {', '.join(allowed)}; "
+            f"{checks.shown(name)} is not a method. {hint}Allowed: {', '.join(allowed)}; "
             "pamm_compile.methods.register_method adds to these."
         )
     positional = [_value(v) for v in values if "=" not in v]
-    named = dict(v.split("=", 1) for v in values if "=" in v)
+    named: dict[str, object] = {}
+    for option, _, value in (v.partition("=") for v in values if "=" in v):
+        if option.strip() in named:
+            raise InvalidOptionError(f"{option.strip()} is given twice: leave one of them out.")
+        named[option.strip()] = _value(value)
+    _check_options(METHODS[name], named)
     try:
-        return METHODS[name](*positional, **{n.strip(): _value(v) for n, v in named.items()})
+        return METHODS[name](*positional, **named)
     except TypeError as error:
-        raise InvalidOptionError(f"{text!r}: {error}.") from None
+        raise InvalidOptionError(f"{checks.shown(text)}: {error}.") from None
+
+
+def _check_options(make: Callable[..., Method], named: Iterable[str]) -> None:
+    parameters = inspect.signature(make).parameters.values()
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return
+    allowed = tuple(each.name for each in parameters)
+    for option in named:
+        if option not in allowed:
+            raise checks.unknown_option(option, allowed)
 
 
 def _value(text: str) -> object:
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        # Whatever it is, the option's own check refuses it by what it says.
         return text.strip()

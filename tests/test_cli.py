@@ -69,10 +69,111 @@ def test_explain_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     assert "c_attn.weight" in capsys.readouterr().out
 
 
+def _small(kind: str, head: str, **more: object) -> dict[str, object]:
+    return {
+        "architectures": [head], "model_type": kind, "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 61, **more,
+    }  # fmt: skip
+
+
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        _small("vit", "ViTForImageClassification", image_size=32, patch_size=8),
+        _small("bert", "BertForSequenceClassification"),
+        _small("llama", "LlamaForSequenceClassification", problem_type="regression", num_labels=1),
+        _small("roberta", "RobertaForTokenClassification", max_position_embeddings=66),
+        {
+            "architectures": ["T5ForConditionalGeneration"],
+            "model_type": "t5",
+            "vocab_size": 61,
+            **T5,
+        },
+    ],
+    ids=lambda config: str(config["architectures"][0]),
+)
+def test_a_batch_is_made_for_the_head(
+    config: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ("--rules", "linear=pamm:4", "--min-tokens", "1", "--dtype", "float32")
+    assert main(["explain", "--config", str(tmp_path), *options, "--goal", "any"]) == 0
+    assert "compressed" in capsys.readouterr().out
+    options = ("--rules", "linear=pamm:4", "--draws", "1", "--dtype", "float32", "--batch", "2")
+    assert main(["fidelity", "--config", str(tmp_path), *options]) == 0
+
+
+LLAMA = _small("llama", "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        (b"{", (), "is no JSON"),
+        (b"[" * 100_000, (), "is no JSON"),
+        (b"\x89PNG\xff", (), "is no JSON"),
+        (b"[1, 2]", (), "it has no model_type"),
+        (b"{}", (), "it has no model_type"),
+        ({"model_type": "of nobody"}, (), "Transformers makes no model of it"),
+        (_small("llama", "LlamaForCausalLM", num_attention_heads=0), (), "makes no model of it"),
+        (_small("whisper", "WhisperForConditionalGeneration", d_model=32), (), "MODULE:FUNCTION"),
+        (_small("clip", "CLIPModel"), (), "MODULE:FUNCTION"),
+        (_small("bert", "BertModel"), (), "MODULE:FUNCTION"),
+        (LLAMA, ("--batch", "0"), "--batch=0 is not allowed"),
+        (LLAMA, ("--batch", "-3"), "--batch=-3 is not allowed"),
+        (LLAMA, ("--batch", "9" * 30), "--batch=999"),
+        (LLAMA, ("--sequence", "0"), "--sequence=0 is not allowed"),
+        (LLAMA, ("--sequence", "4096"), "at most 2048"),
+        (LLAMA, ("--device", "toaster"), "--device='toaster' is not allowed"),
+        (LLAMA, ("--min-tokens", "0"), "min_tokens=0 is not allowed"),
+    ],
+)
+def test_configurations_that_are_refused(
+    content: bytes | dict[str, object],
+    options: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    assert main(["explain", "--config", str(path), *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fidelity", "--draws", "0"),
+        ("recommend", "--draws", "-1"),
+        ("recommend", "--max-error", "nan"),
+        ("recommend", "--max-error", "0"),
+        ("compare", "--steps", "-1"),
+        ("compare", "--budget", "2"),
+        ("compare", "--budget", "nan"),
+    ],
+)
+def test_figures_that_mean_nothing_are_refused(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command, *options = arguments
+    assert main([command, f"{__name__}:subject", *options]) == 2
+    assert "is not allowed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "one model is needed"),
+        ([":f"], "write MODULE:FUNCTION"),
+        ([".relative:f"], "write MODULE:FUNCTION"),
+        (["--config", "/tmp"], "there is no such file"),
         (["module"], "write MODULE:FUNCTION"),
         (["no_such_module:f"], "cannot be imported"),
         ([f"{__name__}:no_such_function"], "cannot be imported"),

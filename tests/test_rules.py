@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -43,7 +45,26 @@ def test_what_text_means(text: str, rules: list[Rule]) -> None:
         ("qkv=pamm:many", "ratio='many' is not allowed", "qkv=pamm:many"),
         ("qkv=pamm:0", "ratio=0 is not allowed", "qkv=pamm:0"),
         ("qkv=pamm:ratoi=3", r"ratoi", "qkv=pamm:ratoi=3"),
-        ("qkv=exact:3", "'exact' is not a method|exact takes", "qkv=exact:3"),
+        ("qkv=exact:3", "exact takes no options", "qkv=exact:3"),
+        ("qkv=pamm:2, qkv=exact", "'qkv' has two rules", None),
+        ("/a/=pamm:2, /b/=exact, /a/=exact", "'/a/' has two rules", None),
+        ("qkv=subspace:rank=3:rank=64", "rank is given twice", "qkv=subspace:rank=3:rank=64"),
+        ("qkv=pamm:2:ratio=3", "multiple values for argument 'ratio'", "qkv=pamm:2:ratio=3"),
+        ("qkv=subspace:rnk=3", "Did you mean 'rank'", "qkv=subspace:rnk=3"),
+        ("qkv=subspace:" + "9" * 400, "rank=an integer of 1329 bits is not allowed", None),
+        ("qkv=subspace:" + "9" * 5000, "rank='9999.* is not allowed", None),
+        ("qkv=subspace:" + "-" * 5000 + "1", "rank='---.* is not allowed", None),
+        ("qkv=subspace:" + "[" * 5000, "rank='.* is not allowed", None),
+        ("qkv=subspace:{[]:1}", "is not an option|rank=", None),
+        ("qkv=subspace:1e9999", "rank=inf is not allowed", "qkv=subspace:1e9999"),
+        ("qkv=subspace:1e300", "at most 2147483647", "qkv=subspace:1e300"),
+        ("qkv=subspace:8:candidates=1e308", "at most 1024", None),
+        ("qkv=subspace:8:iterations=1000000000", "at most 32", None),
+        ("qkv=subspace:8:rows=1e400", "rows=inf is not allowed", None),
+        ("qkv=pamm:min_generators=" + "9" * 30, "min_generators=999", None),
+        ("qkv=pamm:True", "ratio=True is not allowed", "qkv=pamm:True"),
+        ("/a{99999999999}/=exact", "is no regular expression", "/a{99999999999}/=exact"),
+        ("/" + "(" * 5000 + ")" * 5000 + "/=exact", "nested too deeply", None),
         ("/(/=pamm", "is no regular expression", "/(/=pamm"),
         ("//=pamm", "empty one would match every name", "//=pamm"),
         ("qkv=pamm, (/=pamm", r"targets='\(|is not a rule", None),
@@ -74,6 +95,26 @@ def test_what_is_refused(rules: Any, message: str) -> None:
         make_rules(rules)
 
 
+def test_a_backslash_that_is_escaped_ends_a_pattern_like_any_letter() -> None:
+    first, second = parse_rules(r"/a\\/=exact, qkv=pamm:256")
+    assert first.target == re.compile(r"a\\")
+    assert second.target == "qkv"
+
+
+_PIECES = st.sampled_from(
+    ["qkv", "linear", "/a/", "/(", "=", ":", ",", "pamm", "subspace", "exact", "rank=", "ratio",
+     "9" * 400, "1e9999", "nan", "-1", "0.5", "[[", "\\", "\0", " "]
+)  # fmt: skip
+
+
+@given(st.lists(st.one_of(_PIECES, st.text(max_size=3)), max_size=9).map("".join))
+def test_any_text_is_read_or_refused(text: str) -> None:
+    with contextlib.suppress(InvalidOptionError), warnings.catch_warnings():
+        # Of what a pattern may mean one day.
+        warnings.simplefilter("ignore")
+        assert parse_rules(text)
+
+
 _PATTERNS = st.text(alphabet="abc.|[]^$+*,=:é", min_size=1, max_size=12)
 
 
@@ -93,6 +134,7 @@ def _compiles(text: str) -> bool:
         ),
         min_size=1,
         max_size=4,
+        unique_by=lambda pair: pair[0],
     )
 )
 def test_rules_written_as_text_read_as_they_were(pairs: list[tuple[Any, Pamm | None]]) -> None:

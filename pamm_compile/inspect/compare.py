@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from pamm_compile import checks
 from pamm_compile.driver import inductor_settings
 from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.inspect.measure import MemoryUse, differentiate, measure_memory
@@ -125,8 +126,8 @@ def compare_memory(
 
     under `torch._functorch.config.activation_memory_budget`, with which torch.compile itself
     recomputes what is cheap. Everything is put back that this changes in the model; hooks of
-    modules and of the batch run at every step, those on gradients of parameters do not. All code that torch.compile made before in
-    this process is forgotten.
+    modules and of the batch run at every step, those on gradients of parameters do not. All code
+    that torch.compile made before in this process is forgotten.
 
     Args:
         model: in the mode it is to be measured in.
@@ -144,8 +145,10 @@ def compare_memory(
 
     Raises:
         MeasurementError: an arm ran nothing compiled, or the model has no values.
-        InvalidOptionError: the budget is not from 0 to 1, or an Inductor setting is unknown.
+        InvalidOptionError: the budget is not from 0 to 1, steps are below 0, or an Inductor setting
+            is unknown.
     """
+    checks.integer("steps", steps, 0, "0 times nothing.")
     if not 0 <= budget <= 1:
         raise InvalidOptionError(
             f"budget={budget!r} is not allowed: it is the fraction of activation memory to keep, "

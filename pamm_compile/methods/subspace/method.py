@@ -25,6 +25,8 @@ TOKENS_A_SCALE = 256
 """Coefficients of so many tokens along one direction share a scale."""
 
 _MULTIPLE = 8
+# More of either changes nothing but the time.
+_MOST_ITERATIONS, _MOST_CANDIDATES = 32, 1024
 # Of blocked right-looking algorithms, as libraries for GPUs have them: columns at a time, and
 # kernels for each in a Cholesky factorisation (3) and a triangular solve (2). Not measured.
 _PANEL, _KERNELS_A_PANEL = 32, 5
@@ -68,10 +70,10 @@ class Subspace:
     candidates: float = 1.0
 
     def __post_init__(self) -> None:
-        allowed = "a share in (0, 1) or an integer of at least 1"
+        allowed = f"a share in (0, 1) or an integer of at least 1 and at most {checks.MOST}"
         hint = "0.1 keeps a tenth of the input's directions, 64 keeps 64."
         rank = checks.number("rank", self.rank, allowed, hint)
-        if not (0 < rank < 1 or (rank >= 1 and rank.is_integer())):
+        if not (0 < rank < 1 or (1 <= rank <= checks.MOST and rank.is_integer())):
             raise checks.refusal("rank", self.rank, allowed, hint)
         object.__setattr__(self, "rank", int(rank) if rank >= 1 else rank)
         # Of 4.0, say, the traced code would be the same, but not the fingerprint.
@@ -79,13 +81,14 @@ class Subspace:
             hint = "None keeps coefficients and basis in the input's own dtype."
             raise checks.refusal("bits", self.bits, "4, 8 or None", hint)
         hint = "1 is enough for activations of a trained model."
-        iterations = checks.integer("iterations", self.iterations, 0, hint)
+        iterations = checks.integer("iterations", self.iterations, 0, hint, _MOST_ITERATIONS)
         object.__setattr__(self, "iterations", iterations)
         hint = "More rows make better directions for more time."
         object.__setattr__(self, "rows", checks.integer("rows", self.rows, 1, hint))
-        allowed, hint = "a number of at least 1", "2 draws half of what is found; 1 draws nothing."
+        allowed = f"a number of at least 1 and at most {_MOST_CANDIDATES}"
+        hint = "2 draws half of what is found; 1 draws nothing."
         candidates = checks.number("candidates", self.candidates, allowed, hint)
-        if not 1 <= candidates < math.inf:
+        if not 1 <= candidates <= _MOST_CANDIDATES:
             raise checks.refusal("candidates", self.candidates, allowed, hint)
         object.__setattr__(self, "candidates", float(candidates))
 
