@@ -213,7 +213,14 @@ def test_one_graph_serves_any_number_of_tokens(method: Quantized) -> None:
             assert not torch.equal(wanted, 2 * out.detach().T @ x)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        METHODS[0],
+        *(pytest.param(method, marks=pytest.mark.everything) for method in METHODS[1:]),
+    ],
+    ids=str,
+)
 def test_in_a_model_all_else_stays_bitwise_and_codes_are_saved_at_any_budget(
     method: Quantized,
 ) -> None:
