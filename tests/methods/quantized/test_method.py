@@ -254,6 +254,16 @@ def test_a_cpu_gains_no_time(method: Quantized, outputs: tuple[int, ...]) -> Non
         assert saved_time(method, Size(8192, 2048, outputs, dtype)) <= 0
 
 
+def test_under_speed_a_cpu_declines_it_and_says_why() -> None:
+    torch._dynamo.reset()
+    backend = pamm_compile.backend(rules="linear=quantized:8", base="aot_eager", goal="speed")
+    model = torch.nn.Linear(48, 12, bias=False)
+    torch.compile(model, backend=backend)(activations(0, 300, 48)).sum().backward()
+    (site,) = backend.report.sites
+    assert site.reason == "UNPROFITABLE"
+    assert "× the exact time, by the cost model" in site.detail
+
+
 @pytest.mark.parametrize("features", [2048, 8192])
 def test_a_gpu_gains_time_where_it_multiplies_in_float8(features: int) -> None:
     size = Size(16384, features, (2048, 2048), torch.bfloat16, "cuda")
