@@ -48,6 +48,8 @@ class DeviceFigures:
     launch: float
     """Seconds from one kernel of a stream to the next."""
     source: str
+    float8: float = 0.0
+    """As `half`, in torch.float8_e4m3fn; 0 where it has no such matmuls."""
 
     def flops(self, dtype: torch.dtype) -> float:
         """Return the peak for matmuls of a dtype, float32 by PyTorch's default of no TF32."""
@@ -86,6 +88,7 @@ _DEVICES = {
         5120 * 1.83e9,
         2e-6,
         f"NVIDIA H100 data sheet and architecture whitepaper (2022); {_L2}",
+        1978.9e12,
     ),
     "h200": DeviceFigures(
         "H200 SXM 141 GB",
@@ -99,6 +102,7 @@ _DEVICES = {
         5120 * 1.83e9,
         2e-6,
         f"NVIDIA H200 data sheet (2023); {_L2}",
+        1978.9e12,
     ),
     "mi300x": DeviceFigures(
         "MI300X",
@@ -165,12 +169,22 @@ def predicted_seconds(cost: Cost, device: DeviceFigures, dtype: torch.dtype) -> 
 
 
 def exact_seconds(size: Size, device: DeviceFigures) -> float:
-    """Return a model's time of the exact weight gradients of a site: matmuls alone.
+    """Return a model's time of the exact weight gradients of a site: matmuls alone."""
+    return matmul_seconds(exact_cost(size), device.flops(size.dtype), device)
 
-    A matmul reads and multiplies at once, so that the longer of the two counts.
+
+def matmul_seconds(cost: Cost, peak: float, device: DeviceFigures) -> float:
+    """Return a model's time of matmuls: what takes longer, reading or multiplying.
+
+    Args:
+        cost: of matmuls alone.
+        peak: floating-point operations a second, by the data sheet.
+        device: from `device_named`.
+
+    Returns:
+        Seconds.
     """
-    cost = exact_cost(size)
-    arithmetic = cost.flops / (MATMUL_SHARE * device.flops(size.dtype))
+    arithmetic = cost.flops / (MATMUL_SHARE * peak)
     memory = cost.bytes / (BANDWIDTH_SHARE * device.bandwidth)
     return max(arithmetic, memory) + cost.launches * device.launch
 

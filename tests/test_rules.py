@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pamm_compile
-from pamm_compile import InvalidOptionError, Pamm
+from pamm_compile import InvalidOptionError, Pamm, Quantized
 from pamm_compile.rules import Rule, make_rules, parse_rules
 from pamm_compile.targets import TARGETS
 
@@ -26,6 +26,9 @@ from pamm_compile.targets import TARGETS
         ("linear=pamm:1.5:epsilon=0.5", [Rule("linear", Pamm(1.5, epsilon=0.5))]),
         ("qkv=pamm:sampling=uniform", [Rule("qkv", Pamm(sampling="uniform"))]),
         ("qkv=pamm:epsilon=None", [Rule("qkv", Pamm())]),
+        ("linear=quantized", [Rule("linear", Quantized(8))]),
+        ("linear=quantized:4", [Rule("linear", Quantized(4))]),
+        ("linear=quantized:8:float8=False", [Rule("linear", Quantized(float8=False))]),
         ("/a{1,2}=b/=pamm:8", [Rule(re.compile("a{1,2}=b"), Pamm(8))]),
         (r"/a\/b/=exact,qkv=pamm:2", [Rule(re.compile(r"a\/b"), None), Rule("qkv", Pamm(2))]),
     ],

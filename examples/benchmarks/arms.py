@@ -74,6 +74,11 @@ ARMS = (
     Arm("compile + budget 0.5", budget=0.5),
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),
+    *(
+        Arm(f"{bits} bits{at}", rules=f"linear=quantized:{bits}", budget=budget)
+        for at, budget in (("", 1.0), (" + budget 0.99", 0.99), (" + budget 0.5", 0.5))
+        for bits in (8, 4)
+    ),
     Arm("compile + checkpointing", checkpointed=True),
     Arm("eager", compiled=False),
     Arm("compile + budget 0.8", budget=0.8),

@@ -39,7 +39,7 @@ from pamm_compile.size import Size
 
 MODELS = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
 DEVICES = ("a100", "h100", "h200", "mi300x")
-METHODS = ("pamm:1024", "pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125")
+METHODS = ("pamm:1024", "pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125", "quantized:8")
 GENERATORS = (64, 128, 256, 512)
 _SITES = {"q, k, v": 3, "gate, up": 2, "down": 1}
 

@@ -289,6 +289,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         SHOWN_ARMS,
     ),
     "bytes-whole": lambda: partitions.arms_table(_record("partitions-whole.json")["models"]),
+    "bytes-quantized": lambda: partitions.arms_table(
+        _record("partitions-quantized.json")["models"]
+    ),
     "bytes-whole-shown": lambda: partitions.arms_table(
         {n: m for n, m in _record("partitions-whole.json")["models"].items() if n != "llama-350m"}
     ),

@@ -13,11 +13,14 @@ from pamm_compile import checks
 from pamm_compile.inspect.fidelity import Fidelity, SiteFidelity, fidelity, root_mean_square
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.method import Pamm
+from pamm_compile.methods.quantized.method import Quantized
 from pamm_compile.methods.subspace.method import Subspace
 
 CANDIDATES: tuple[Method, ...] = (
     *(Pamm(ratio) for ratio in (512, 128, 32)),
     *(Subspace(rank) for rank in (0.02, 0.05, 0.1, 0.2, 0.4)),
+    Quantized(4),
+    Quantized(8),
 )
 """What `recommend` tries where nothing else is asked for."""
 

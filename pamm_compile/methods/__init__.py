@@ -9,9 +9,14 @@ from pamm_compile.methods import draws
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm import triton
 from pamm_compile.methods.pamm.method import Pamm
+from pamm_compile.methods.quantized.method import Quantized
 from pamm_compile.methods.subspace.method import Subspace
 
-METHODS: dict[str, Callable[..., Method]] = {"pamm": Pamm, "subspace": Subspace}
+METHODS: dict[str, Callable[..., Method]] = {
+    "pamm": Pamm,
+    "subspace": Subspace,
+    "quantized": Quantized,
+}
 """What rules that are written as text may name; `register_method` adds to these."""
 
 

@@ -1,10 +1,11 @@
-"""Matrices in a few bits, for every method: integers, packed, with scales.
+"""Matrices in a few bits, for every method: integers, and float8; packed, with scales.
 
 A format codes a matrix [b, n], and has what it needs to be judged: its inverse, its bytes, and how
 far the inverse may be off.
 
     Steps     4 or 8 bits, a scale a column and so many rows
     Rows      8 bits, a scale a row
+    Float8    e4m3, a scale a row or a column
 
 Plain PyTorch, of fixed structure; NaN and Inf come back as something that is not finite. Nothing is
 decoded by operations that also coded it: what both passes compute, the partitioner would save.
@@ -23,6 +24,8 @@ from torch.nn import functional
 
 Bits = Literal[4, 8]
 
+FLOAT8 = torch.float8_e4m3fn
+
 # Scales are rounded to bfloat16: up, and so far that rounding v + u cannot reach the next code.
 _HEADROOM = 1 + 2**-7
 # The fractional parts of 1/ρ and 1/ρ², ρ the plastic number, in 22 bits: multiples of these two
@@ -32,33 +35,43 @@ _ROW_STEP = 3166187
 _COLUMN_STEP = 2390083
 
 _ROW_LEVELS = 127
+_FLOAT8_MOST = torch.finfo(FLOAT8).max
+# Of a scale: far below any gradient that counts, and its reciprocal is finite.
+_FLOAT8_LEAST = 2.0**-100
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Integers of 4 or 8 bits: 2^bits values from peak to peak, in equal steps.
+    """Integers of 4 or 8 bits: 2^bits values from peak to peak, in equal or in growing steps.
 
     Equivalent to, with half = 2^(bits - 1), for every column and each `rows` rows of it:
 
-        step = abs(x).amax() / (half - 0.5)
-        codes = floor(x / step + u + half)
-        x ≈ (codes - (half - 0.5) - u) * step
+        y = x, or sign(x) * sqrt(abs(x))
+        step = abs(y).amax() / (half - 0.5)
+        codes = floor(y / step + u + half)
+        y ≈ (codes - (half - 0.5) - u) * step
 
     With dithering, u is uniform in [-0.5, 0.5) and known to both: the error is then uniform in a
     step whatever the value was, so that coding is unbiased, with the variance of rounding to
     nearest, half that of stochastic rounding. Without, u = 0.
 
+    Growing steps, those of the root, are for columns of few large and many small values, as a GELU
+    puts out: they leave two thirds of the error there, and no more elsewhere.
+
     Args:
         bits: of a code; of 4, two share a byte.
         rows: that share a scale.
         dithered: whether there is a u.
+        growing: whether the root is coded.
 
-    Source: L. G. Roberts, Picture coding using pseudo-random noise, 1962, for the dither.
+    Source: L. G. Roberts, Picture coding using pseudo-random noise, 1962, for the dither; B. Smith,
+        Instantaneous companding of quantized signals, 1957, for steps that grow.
     """
 
     bits: Bits
     rows: int
     dithered: bool = False
+    growing: bool = False
 
     @property
     def _half(self) -> int:
@@ -75,7 +88,12 @@ class Steps:
             uint8, [b, n] or [b, ceil(n / 2)]; bfloat16, [ceil(b / rows), n], a step each; int32, of
             no dimension.
         """
-        a = x.float()
+        # In float64 if x is: the root of what passes float32 does not.
+        wide = x if x.dtype == torch.float64 else x.float()
+        if self.growing:
+            roots = wide.abs().sqrt()
+            wide = torch.where(x < 0, -roots, roots)
+        a = wide.float()
         tokens, n = a.shape
         blocks = (tokens + self.rows - 1) // self.rows
         padded = functional.pad(a.abs(), (0, 0, 0, blocks * self.rows - tokens))
@@ -109,6 +127,9 @@ class Steps:
         steps = scales.float()
         steps = torch.where(steps < math.inf, steps, math.nan)
         decoded: Tensor = whole * self._by_row(steps, tokens)
+        if self.growing:
+            decoded = decoded.double() if dtype == torch.float64 else decoded
+            decoded = decoded * decoded.abs()
         if dtype == torch.float16:
             # What was within half a step of the end of float16 is not to pass it.
             most = torch.finfo(dtype).max
@@ -122,9 +143,13 @@ class Steps:
 
     def bound(self, x: Tensor) -> Tensor:
         """Return by how much decoded entries may be off at most, rounding in float32 left aside."""
+        wide = x.double()
+        sizes = wide.abs().sqrt() if self.growing else wide.abs()
         # Half of a step, the scale as large as it is ever rounded.
-        peaks = torch.stack([block.amax(0) for block in x.double().abs().split(self.rows)])
-        return self._by_row(peaks * (_HEADROOM * (1 + 2**-8) / (self._half - 0.5)), len(x)) / 2
+        peaks = torch.stack([block.amax(0) for block in sizes.split(self.rows)])
+        most = self._by_row(peaks * (_HEADROOM * (1 + 2**-8) / (self._half - 0.5)), len(x)) / 2
+        # (y + e)² - y² = e (2 y + e)
+        return most * (2 * sizes + most) if self.growing else most
 
     def _by_row(self, blocks: Tensor, tokens: int) -> Tensor:
         """Return, for every row, that of its block."""
@@ -168,6 +193,45 @@ class Rows:
     def bound(self, x: Tensor) -> Tensor:
         """Return by how much decoded entries may be off at most, rounding in float32 left aside."""
         return x.double().abs().amax(1, keepdim=True).expand(x.shape) / (2 * _ROW_LEVELS)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """float8 e4m3, rounded to nearest, with a float32 scale a row or a column.
+
+    Equivalent to:
+
+        scales = x.abs().amax(dim, keepdim=True) / 448
+        codes = (x / scales).to(torch.float8_e4m3fn)
+
+    Args:
+        dim: along which a scale is shared: 1 for a scale a row, 0 for a scale a column.
+    """
+
+    dim: Literal[0, 1]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return codes, [b, n], and scales, [b, 1] or [1, n]."""
+        x = x.float()
+        # Not of nothing: 0 / 0 would be NaN.
+        scales = (x.abs().amax(self.dim, keepdim=True) / _FLOAT8_MOST).clamp(min=_FLOAT8_LEAST)
+        return (x * (1 / scales)).to(FLOAT8), scales
+
+    def decode(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """Return what was coded, [b, n], in a dtype."""
+        codes, scales = stored
+        return (codes.float() * scales).to(dtype)
+
+    def nbytes(self, b: int, n: int) -> int:
+        """Return the bytes of what `encode` returns."""
+        return b * n + 4 * (b if self.dim == 1 else n)
+
+    def bound(self, x: Tensor) -> Tensor:
+        """Return by how much decoded entries may be off at most, rounding in float32 left aside."""
+        wide = x.double().abs()
+        scales = (wide.amax(self.dim, keepdim=True) / _FLOAT8_MOST).clamp(min=_FLOAT8_LEAST)
+        # Three bits behind the point; below 2⁻⁶ steps of 2⁻⁹.
+        return torch.maximum(wide * 2**-4, scales * 2**-10)
 
 
 def _dither(tokens: int, n: int, phase: Tensor) -> Tensor:

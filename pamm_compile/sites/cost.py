@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from pamm_compile import devices
 from pamm_compile.graph.joint import value
 from pamm_compile.methods.base import Method
 from pamm_compile.private import aot
+from pamm_compile.private.scaled import has_scaled_matmul
 from pamm_compile.sites.projections import Site
 from pamm_compile.size import Cost, Size, exact_cost
 
@@ -53,7 +56,10 @@ def saved_time(method: Method, size: Size, gpu: devices.DeviceFigures | None = N
     if gpu is None and size.device == "cpu":
         return 1 - _cpu_seconds(method.cost(size), size) / _cpu_seconds(exact_cost(size), size)
     # Whichever accelerator it is: what is a gain on one is no loss on another where it is clear.
-    gpu = gpu or devices.device_named("h100")
+    if gpu is None:
+        gpu = devices.device_named("h100")
+        if not has_scaled_matmul(torch.device(size.device)):
+            gpu = replace(gpu, float8=0.0)
     # Costs depend on the kind of device too.
     size = replace(size, device="cuda")
     return 1 - devices.site_seconds(method, size, gpu) / devices.exact_seconds(size, gpu)

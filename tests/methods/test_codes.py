@@ -12,18 +12,22 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pamm_compile.methods import codes
-from pamm_compile.methods.codes import Rows, Steps
+from pamm_compile.methods.codes import Float8, Rows, Steps
 
-Format = Steps | Rows
+Format = Steps | Rows | Float8
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 FORMATS: list[Format] = [
-    *(Steps(4, rows, dithered) for rows, dithered in [(256, True), (7, True), (64, False)]),
-    *(Steps(8, rows, dithered) for rows, dithered in [(256, True), (7, False)]),
+    *(Steps(4, rows, dithered, growing) for rows, dithered, growing in
+      [(256, True, False), (64, False, True), (7, True, True), (64, False, False)]),
+    *(Steps(8, rows, dithered, growing) for rows, dithered, growing in
+      [(256, True, False), (64, False, True), (7, False, False)]),
     Rows(),
-]
+    Float8(0),
+    Float8(1),
+]  # fmt: skip
 
 formats = st.sampled_from(FORMATS)
 seeds = st.integers(0, 2**31 - 1)
@@ -94,7 +98,23 @@ def test_nothing_is_coded_as_nothing_and_the_largest_stays_finite(
         assert coder.decode(encode(coder, x), dtype).isfinite().all()
 
 
-@pytest.mark.parametrize("coder", [Steps(4, 64, dithered=True), Steps(8, 64)], ids=str)
+def test_growing_steps_reach_as_far_as_float64_needs() -> None:
+    coder = Steps(8, 64, growing=True)
+    x = heavy(0, 100, 4).double() * 1e60
+    off = coder.decode(coder.encode(x), torch.float64) - x
+    assert off.norm() < 0.01 * x.norm()
+
+
+def test_growing_steps_are_better_where_few_are_large() -> None:
+    x = heavy(0, 4096, 16)
+    even, growing = (Steps(8, 64, growing=growing) for growing in (False, True))
+    off = [(c.decode(c.encode(x), torch.float32) - x).norm() for c in (even, growing)]
+    assert off[1] < 0.6 * off[0]
+
+
+@pytest.mark.parametrize(
+    "coder", [Steps(4, 64, dithered=True), Steps(8, 64, growing=True)], ids=str
+)
 def test_one_trace_serves_any_number_of_rows(coder: Steps) -> None:
     def both(x: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
         stored = coder.encode(x, seed)

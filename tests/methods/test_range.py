@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pamm_compile import Method, Pamm, Subspace
+from pamm_compile import Method, Pamm, Quantized, Subspace
 from pamm_compile.methods.pamm.compression import compress
 from pamm_compile.methods.sampling import sample_rows
 
@@ -23,6 +23,9 @@ METHODS = (
     Subspace(0.125, bits=8, candidates=2),
     Subspace(N),
     Subspace(N, bits=8),
+    Quantized(8),
+    Quantized(4),
+    Quantized(8, float8=True),
 )
 SIZES = ((7500, 1e-4), (1e-3, 7500), (60000, 1e-6), (1e-5, 30000))
 """The largest entries of X and of dZ."""

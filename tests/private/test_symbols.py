@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import pamm_compile
-from pamm_compile.private import aot, inductor, memory, symbols
+from pamm_compile.private import aot, inductor, memory, scaled, symbols
 
 PACKAGE = Path(pamm_compile.__file__).parent
-SUBJECTS = (aot, inductor, memory)
+SUBJECTS = (aot, inductor, memory, scaled)
 
 
 @pytest.mark.parametrize("symbol", symbols.RESOLVED)

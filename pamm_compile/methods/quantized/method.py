@@ -1,0 +1,198 @@
+"""An input itself in 8 or 4 bits, and weight gradients from that.
+
+    forward:   X ── codes, scales                                                 saved
+    backward:  codes, scales ── X̂ [b, n] ── dW = dZᵀ X̂
+
+Where a device multiplies in float8, X is kept as this matmul reads it, transposed, a scale s a
+token; s goes over to dZ, whose columns get a scale t each:
+
+    forward:   X ── s, X8ᵀ = (X / s)ᵀ [n, b]                                      saved
+    backward:  s dZ ── t, dZ8ᵀ = (s dZ / t)ᵀ [m, b] ── dW = t ∘ (dZ8ᵀ X8)
+
+A scale has to be the same all along what is summed over, tokens here, and those of X are: none. A
+scale a token, unlike one a column, is known where a norm has just made the token, and lets no
+token of a massive activation cost the others their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pamm_compile import checks
+from pamm_compile.devices import DeviceFigures, matmul_seconds, predicted_seconds
+from pamm_compile.methods.codes import FLOAT8, Bits, Float8, Steps
+from pamm_compile.private.scaled import has_scaled_matmul, scaled_matmul
+from pamm_compile.size import Cost, Size, exact_cost
+
+TOKENS_A_SCALE = 64
+"""Entries of so many tokens in one column share a scale."""
+
+# Of rows of float8 operands, in elements.
+_MULTIPLE = 16
+_TOKEN, _COLUMN = Float8(1), Float8(0)
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Keeps X in 8 or 4 bits: dW ≈ dZᵀ X̂.
+
+    Equivalent to, for every column of X and each 64 tokens of it, with half = 2^(bits - 1):
+
+        root = sign(X) * sqrt(abs(X))
+        step = abs(root).amax() / (half - 0.5)
+        root = (floor(root / step) + 0.5) * step
+        dW = dZ.T @ (sign(root) * root**2)
+
+    or, with `float8`, of 8 bits:
+
+        s = abs(X).amax(1) / 448
+        t = abs(s[:, None] * dZ).amax(0) / 448
+        X8 = (X / s[:, None]).to(torch.float8_e4m3fn)
+        dZ8 = (s[:, None] * dZ / t).to(torch.float8_e4m3fn)
+        dW = t[:, None] * (dZ8.T @ X8)
+
+    Args:
+        bits: of an entry, 8 or 4.
+        float8: whether X and dZ are multiplied in float8 e4m3, by a scaled matmul: twice as fast as
+            in 16 bits where a GPU has it, at several times the error. None does so on such GPUs
+            (CUDA, capability 8.9 or more), True also on CPUs. Inputs of float64, and those whose
+            features are no multiple of 16, are multiplied as they are.
+
+    Raises:
+        InvalidOptionError: a value is not allowed.
+    """
+
+    bits: Bits = 8
+    float8: bool | None = None
+
+    def __post_init__(self) -> None:
+        # Of 8.0, say, the traced code would be the same, but not the fingerprint.
+        if not any(repr(self.bits) == repr(each) for each in (4, 8)):
+            hint = "8 is nearly exact, 4 takes half of the bytes."
+            raise checks.refusal("bits", self.bits, "4 or 8", hint)
+        if not any(self.float8 is each for each in (None, True, False)):
+            hint = "None decides by the device."
+            raise checks.refusal("float8", self.float8, "True, False or None", hint)
+        if self.bits == 4 and self.float8:
+            hint = "No device multiplies with these scales in 4 bits: leave it out."
+            raise checks.refusal("float8", self.float8, "False or None where bits=4", hint)
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that changes what is traced."""
+        return repr((self.bits, self.float8))
+
+    @property
+    def _steps(self) -> Steps:
+        return Steps(self.bits, TOKENS_A_SCALE, growing=True)
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        """Return codes [b, n] and scales; in float8 codes [n, b] and scales [b, 1].
+
+        With 4 bits two columns share a byte. In float8 b is rounded up to a multiple of 16.
+        """
+        if not self._multiplies_in_float8(x.shape[1], x.dtype, x.device):
+            return self._steps.encode(x)
+        codes, scales = _TOKEN.encode(_padded(x))
+        return codes.T.contiguous(), scales[: x.shape[0]]
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        """Return dW of every projection, in float8 from one matmul for all."""
+        if stored[0].dtype == FLOAT8:
+            return self._in_float8(stored, grads, transposed)
+        decoded = {dtype: self._steps.decode(stored, dtype) for dtype in {g.dtype for g in grads}}
+        return [
+            decoded[grad.dtype].T @ grad if flip else grad.T @ decoded[grad.dtype]
+            for grad, flip in zip(grads, transposed, strict=True)
+        ]
+
+    def _in_float8(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        codes, scales = stored
+        left, rows = [], []
+        for grad in grads:
+            of_grad, scale = _COLUMN.encode(_padded(grad.float() * scales))
+            left.append(of_grad.T.contiguous())
+            rows.append(scale.reshape(-1, 1))
+        ones = torch.ones(1, codes.shape[0], device=codes.device)
+        product = scaled_matmul(torch.cat(left), codes.T, torch.cat(rows), ones)
+        parts = product.split([grad.shape[1] for grad in grads])
+        return [
+            (part.T if flip else part).to(grad.dtype)
+            for part, grad, flip in zip(parts, grads, transposed, strict=True)
+        ]
+
+    def _multiplies_in_float8(
+        self, features: int, dtype: torch.dtype, device: torch.device
+    ) -> bool:
+        if self.bits == 4 or self.float8 is False or dtype == torch.float64:
+            return False
+        # A number of features that varies is no multiple for certain.
+        if not isinstance(features, int) or features % _MULTIPLE:
+            return False
+        asked = self.float8 is True and device.type == "cpu"
+        return asked or has_scaled_matmul(device)
+
+    def stored_bytes(self, size: Size) -> int:
+        """Return the bytes of codes and scales."""
+        if self._multiplies_in_float8(size.features, size.dtype, torch.device(size.device)):
+            tokens = -(-size.tokens // _MULTIPLE) * _MULTIPLE
+            return _TOKEN.nbytes(tokens, size.features) - 4 * (tokens - size.tokens)
+        return self._steps.nbytes(size.tokens, size.features)
+
+    def cost(self, size: Size) -> Cost:
+        """Return the cost of coding, decoding and the matmuls."""
+        if self._multiplies_in_float8(size.features, size.dtype, torch.device(size.device)):
+            return self._float8_casts(size) + self._float8_matmul(size)
+        return self._codings(size) + exact_cost(size)
+
+    def _codings(self, size: Size) -> Cost:
+        b, n, item = size.tokens, size.features, size.dtype.itemsize
+        kept = self._steps.nbytes(b, n)
+        return Cost(12 * b * n, 2 * b * n * item + 2 * kept, 2)
+
+    def _float8_casts(self, size: Size) -> Cost:
+        """Return what casting X, once read beside the norm, and dZ, twice read, costs."""
+        b, n, m, item = size.tokens, size.features, sum(size.outputs), size.dtype.itemsize
+        return Cost(4 * b * (n + m), b * n * (item + 1) + b * m * (2 * item + 1), 4)
+
+    def _float8_matmul(self, size: Size) -> Cost:
+        b, n, m = size.tokens, size.features, sum(size.outputs)
+        flops, moved = 2 * b * n * m, b * (n + m) + 2 * n * m
+        if size.device == "cpu":
+            # Which has no such instructions: operands are widened, written and read again.
+            return Cost(flops, moved + 8 * b * (n + m), 3, flops)
+        return Cost(flops, moved, 1)
+
+    def predicted_seconds(self, size: Size, device: DeviceFigures) -> float:
+        """Return a model's time of casts and matmuls of one site, forward and backward."""
+        usable = self.bits == 8 and self.float8 is not False and size.dtype != torch.float64
+        if not (usable and device.float8 and size.features % _MULTIPLE == 0):
+            coding = predicted_seconds(self._codings(size), device, size.dtype)
+            return coding + matmul_seconds(exact_cost(size), device.flops(size.dtype), device)
+        casts = predicted_seconds(self._float8_casts(size), device, size.dtype)
+        return casts + matmul_seconds(self._float8_matmul(size), device.float8, device)
+
+    def describe(self, size: Size) -> str:
+        """Return "8 bits", "4 bits" or "float8"."""
+        device = torch.device(size.device)
+        if self._multiplies_in_float8(size.features, size.dtype, device):
+            return "float8"
+        return f"{self.bits} bits"
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Return so many more tokens of zeros that they are a multiple of 16."""
+    tokens = x.shape[0]
+    whole = (tokens + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
+    if isinstance(tokens, int) and tokens == whole:
+        return x
+    return functional.pad(x, (0, 0, 0, whole - tokens))
