@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,29 @@ class Recommendation:
     """{target: method}; None leaves a target exact, since nothing met the error."""
     max_error: float
     fidelity: Fidelity
+    worst: dict[tuple[str, str], float]
+    """The largest error of each target and method, of all times that were asked for."""
+    asked: dict[str, Any]
+    """What `recommend` was asked for, besides the model and its batch."""
+
+    def renewed(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Recommendation:
+        """Choose again, by what the model and its batches are now and by what was found before.
+
+        Equivalent to `recommend(model, …)` with the options that this was made with, where every
+        method counts with the largest error that it had at any time.
+
+        Args:
+            model: as trained so far; a compiled one is unwrapped.
+            args: what to call it with.
+            kwargs: what to call it with.
+
+        Returns:
+            Rules that are within the limit now; train with these.
+
+        Raises:
+            MeasurementError: the model returns no loss, or nothing was found.
+        """
+        return _recommend(model, self.worst, self.asked, args, kwargs)
 
     def __str__(self) -> str:
         return self.text()
@@ -40,7 +64,9 @@ class Recommendation:
     def text(self) -> str:
         """Return the rules, and a table with a line a target and method."""
         chosen = [f"{t}: {'exact' if m is None else m}" for t, m in self.rules.items()]
-        head = f"error at most {self.max_error:g}, at the fewest bytes:"
+        margin = self.asked["margin"]
+        share = "" if margin == 1 else f" / {margin:g}"
+        head = f"error at most {self.max_error:g}{share}, at the fewest bytes:"
         return "\n".join(
             [head, *(f"  {each}" for each in chosen), "", self.fidelity.text(sites=False)]
         )
@@ -55,6 +81,7 @@ def recommend(
     model: torch.nn.Module,
     *args: Any,
     max_error: float,
+    margin: float = 1.0,
     methods: Sequence[Method] = CANDIDATES,
     draws: int = 2,
     loss: Callable[[Any], Tensor] | None = None,
@@ -65,13 +92,16 @@ def recommend(
 
     Equivalent to calling `fidelity(model, …, methods=methods)`, and choosing for every target the
     method that stores the fewest bytes among those whose error, root mean square over the target's
-    sites, is at most `max_error`; none, if all are above. An error of the gradients is no loss:
-    train a little with what is chosen, and without.
+    sites, is at most `max_error` / `margin`; none, if all are above. That is of this batch and of
+    the weights as they are: errors grow and shrink as a model is trained. Call
+    `Recommendation.renewed` whenever the number of steps has doubled, with a margin for what comes
+    between. An error of the gradients is no loss: train a little with what is chosen, and without.
 
     Args:
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
         max_error: ‖dŴ − dW‖ / ‖dW‖ of one step, above 0.
+        margin: how many times the errors found may become until the next time, at least 1.
         methods: to choose from.
         draws: of every method, at least 1.
         loss: makes a scalar of what the model returns; by default its `loss`, or a scalar itself.
@@ -89,17 +119,37 @@ def recommend(
     limit = checks.number("max_error", max_error, "a number above 0", hint)
     if limit <= 0:
         raise checks.refusal("max_error", max_error, "a number above 0", hint)
-    found = fidelity(
-        model, *args, methods=methods, draws=draws, loss=loss, progress=progress, **kwargs
-    )
-    named = {str(method): method for method in methods}
+    allowed, more = "a finite number of at least 1", "2 is for errors that may double; 1 for none."
+    factor = checks.number("margin", margin, allowed, more)
+    if not 1 <= factor < math.inf:
+        raise checks.refusal("margin", margin, allowed, more)
+    measured = {"methods": tuple(methods), "draws": draws, "loss": loss, "progress": progress}
+    return _recommend(model, {}, {"max_error": limit, "margin": factor, **measured}, args, kwargs)
+
+
+def _recommend(
+    model: torch.nn.Module,
+    before: Mapping[tuple[str, str], float],
+    asked: dict[str, Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Recommendation:
+    measured = {name: asked[name] for name in ("methods", "draws", "loss", "progress")}
+    found = fidelity(model, *args, **measured, **kwargs)
+    named = {str(method): method for method in asked["methods"]}
+    by_target = found.by_target()
+    worst = {key: max(_error(rows), before.get(key, 0.0)) for key, rows in by_target.items()}
+    allowed = asked["max_error"] / asked["margin"]
     rules: dict[str, Method | None] = {}
     for target in found.targets:
-        of_target = [(m, rows) for (t, m), rows in found.by_target().items() if t == target]
-        close = [(_bytes(rows), m) for m, rows in of_target if _error(rows) <= limit]
+        close = [
+            (_bytes(rows), method)
+            for (of, method), rows in by_target.items()
+            if of == target and worst[of, method] <= allowed
+        ]
         # Of equally few bytes the one named first.
         rules[target] = named[min(close, key=lambda pair: pair[0])[1]] if close else None
-    return Recommendation(rules, limit, found)
+    return Recommendation(rules, asked["max_error"], found, worst, asked)
 
 
 def _bytes(rows: Sequence[SiteFidelity]) -> int:
