@@ -167,14 +167,13 @@ def with_names_told_apart(report: GraphReport, names: Names, options: Options) -
         options: what the user chose.
 
     Returns:
-        The report, with a note of the parameters that are compressed, or of all if rules go by
-        name.
+        The report, with a note of the parameters that it lists, or of all if rules go by name.
     """
-    compressed = {name for site in report.sites if site.compressed for name in site.parameters}
+    listed = {name for site in report.sites for name in site.parameters}
     meant = [
         brief(others)
         for name, others in names.others.items()
-        if options.selects_by_name or name in compressed
+        if options.selects_by_name or name in listed
     ]
     if not meant or report.state is not State.TRAINING:
         return report

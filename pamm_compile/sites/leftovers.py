@@ -39,6 +39,8 @@ from pamm_compile.sites.flow import Flow
 from pamm_compile.sites.projections import Projection, Unmatched
 from pamm_compile.sites.reasons import Decline, Reason
 
+LEAVES = "what is made of this weight alone leaves the graph"
+"""What is said of a weight that another graph multiplies, if any does."""
 NO_GRADIENT = "this use of the weight is not differentiated"
 """What is said of a weight whose gradient comes from elsewhere."""
 
@@ -81,6 +83,8 @@ class _Carried:
     spread: Spread
     mixed: bool = False
     """Whether activations were multiplied with these, or added to them."""
+    alone: bool = True
+    """Whether none had to do with these at all: what is left is a weight, computed with others."""
 
 
 class _Search:
@@ -98,6 +102,11 @@ class _Search:
                 continue
             if any(source in self._carried for source in node.all_input_nodes):
                 self._visit(node)
+        for node in flow.joint.forward_outputs:
+            if node not in flow.joint.parameters and flow.operands.kind(node) is Kind.WEIGHT:
+                for weight in self._carried.get(node, {}):
+                    decline = Decline(Reason.PROJECTION_IN_ANOTHER_GRAPH, weight.name, LEAVES)
+                    self.found.setdefault(weight, decline)
 
     def _visit(self, node: Node) -> None:
         flow = self._flow
@@ -140,17 +149,17 @@ class _Search:
                 # Still a weight.
                 carried = self._carried.setdefault(node, {})
                 for weight, each in self._carried.get(factor, {}).items():
-                    carried[weight] = replace(each, spread=everywhere(node))
+                    carried[weight] = replace(each, spread=everywhere(node), alone=False)
 
     def _name(self, node: Node, operand: Node, reason: Reason, detail: str = "") -> None:
         for weight, carried in self._carried.get(operand, {}).items():
             # What varies along one dimension alone scales or shifts activations, and is no matrix.
-            active = self._flow.operands.is_active(operand)
-            if active and not all(carried.spread[-2:]):
+            is_matrix = all(carried.spread[-2:])
+            if not is_matrix and not carried.alone:
                 continue
             if node not in self._live:
                 decline = Decline(Reason.NO_WEIGHT_GRAD, weight.name, NO_GRADIENT)
-            elif carried.mixed and reason is Reason.UNSUPPORTED_LAYOUT:
+            elif reason is Reason.UNSUPPORTED_LAYOUT and (carried.mixed or not is_matrix):
                 decline = Decline(Reason.COMPUTED_WEIGHT, weight.name)
             else:
                 decline = Decline(reason, weight.name, detail)
@@ -162,9 +171,9 @@ class _Search:
         for source in sources:
             for weight, each in self._carried.get(source, {}).items():
                 beside = (s for s in sources if weight not in self._carried.get(s, {}))
-                mixed = each.mixed or (
-                    op_name(node) in SHIFTS and any(map(self._flow.operands.is_active, beside))
-                )
+                active = any(map(self._flow.operands.is_active, beside))
+                mixed = each.mixed or (op_name(node) in SHIFTS and active)
+                alone = each.alone and not active
                 if mixed and is_exponential(node):
                     # A bias of scores.
                     continue
@@ -172,8 +181,8 @@ class _Search:
                 if weight in carried:
                     other = carried[weight]
                     marks = tuple(map(any, zip(marks, other.spread, strict=True)))
-                    mixed = mixed or other.mixed
-                carried[weight] = _Carried(marks, mixed)
+                    mixed, alone = mixed or other.mixed, alone and other.alone
+                carried[weight] = _Carried(marks, mixed, alone)
         if carried:
             self._carried[node] = carried
 

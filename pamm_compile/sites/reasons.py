@@ -42,6 +42,7 @@ class Reason(enum.Enum):
     )
     PROJECTION_IN_ANOTHER_GRAPH = (
         "the projection is in another graph (graph break)",
+        "sites/leftovers",
         "sites/roles",
     )
     NARROW_INPUT = (

@@ -232,7 +232,7 @@ class _Picked(Part):
             ["made", "buffer", "select", "embedding", "mask", "tokens", "argument", "scaled"]
         )
         by_sample = self.how in ("tokens", "argument", "scaled")
-        said = _BATCHED | _COMPUTED if by_sample else _PLAIN
+        said = _BATCHED | _COMPUTED if by_sample else _PLAIN | {"NARROW_INPUT"}
         self.weight("w", 3 * self.n, self.n, said=said)
         order = random.Random(0).sample(range(3 * self.n), self.n)
         self.register_buffer("numbers", torch.tensor(order))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from pamm_testing.forms import join_heads, split_heads
 from pamm_testing.graphs import look
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import pamm_compile
 
 
 @torch.library.custom_op("pamm_testing::attention", mutates_args=())
@@ -104,3 +107,58 @@ def test_projections_of_what_no_input_enters_are_reported() -> None:
     found = look(_Positions(positions=linear()), example(), "linear=pamm:4")
     assert found.compressed == QKV
     assert found.reasons == {"positions.weight": "LEARNED_INPUT"}
+
+
+class _Scaled(torch.autograd.Function):
+    """A base that is not trained, by two scales, with gradients of its own making."""
+
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(base, rows, columns)
+        return rows[:, :, None] * base * columns
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor]:  # type: ignore[override]
+        base, rows, columns = ctx.saved_tensors
+        of_rows = torch.einsum("kbj,kvj,bj->kb", grad, base, columns)
+        return None, of_rows, torch.einsum("kbj,kvj,kb->bj", grad, base, rows)
+
+
+class _Computed(nn.Module):
+    def __init__(self, *, eager: bool) -> None:
+        super().__init__()
+        self.register_buffer("base", torch.randn(4, 1, 16))
+        self.rows, self.columns = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3, 16))
+        self.eager = eager
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.base, self.rows, self.columns)
+        made = _Scaled.apply(*weights) if self.eager else self.rows[:, :, None] * self.base
+        return F.linear(x, (made if self.eager else made * self.columns).flatten(end_dim=1))
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["autograd function", "operators"])
+def test_every_scale_of_a_computed_weight_is_named(eager: bool) -> None:
+    found = look(_Computed(eager=eager), {"x": torch.randn(8, 16)}, "linear=pamm:4")
+    assert found.reasons == {"rows": "COMPUTED_WEIGHT", "columns": "COMPUTED_WEIGHT"}
+
+
+class _Table(nn.Module):
+    """A table of positions, multiplied behind a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.query = nn.Embedding(20, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.table(torch.arange(x.shape[0]).clamp(max=5))
+        torch._dynamo.graph_break()
+        return self.query(x) @ rows.T
+
+
+def test_a_table_that_is_multiplied_in_another_graph_is_reported() -> None:
+    backend = pamm_compile.backend(rules="linear=pamm:4", min_tokens=1, base="aot_eager")
+    torch.compile(_Table(), backend=backend)(torch.randn(8, 16)).sum().backward()
+    (note,) = [note for note in backend.report.notes if note.what == "table.weight"]
+    assert note.reason == "PROJECTION_IN_ANOTHER_GRAPH"
+    assert "alone leaves the graph" in str(note)
