@@ -53,7 +53,6 @@ class Meeting(nn.Module):
 
 
 def test_models_compiled_by_two_threads_have_their_own_reports() -> None:
-    torch.compiler.reset()
     barrier = threading.Barrier(2)
     models = [
         Meeting(barrier, Attention(_sdpa()), FusedQKV()),
@@ -86,7 +85,6 @@ class Slow(Counter[str]):
 def test_equal_backends_made_by_two_threads_know_of_each_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    torch.compiler.reset()
     monkeypatch.setattr(torch_backend, "_made", Slow())
     backends = _at_once(_backend, _backend)
     model, x = Attention(_sdpa()), torch.randn(BATCH, LENGTH, WIDTH)
