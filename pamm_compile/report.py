@@ -137,12 +137,13 @@ class Report:
     @property
     def graphs(self) -> tuple[GraphReport, ...]:
         """One report per compiled graph, oldest first."""
+        # A snapshot at once: another thread may add while this one reads.
         return tuple(self._graphs)
 
     @property
     def sites(self) -> tuple[SiteReport, ...]:
         """The sites of all graphs."""
-        return tuple(site for graph in self._graphs for site in graph.sites)
+        return tuple(site for graph in self.graphs for site in graph.sites)
 
     @property
     def compressed(self) -> tuple[SiteReport, ...]:
@@ -157,7 +158,7 @@ class Report:
     @property
     def notes(self) -> tuple[Note, ...]:
         """Declines that concern no single input."""
-        return tuple(note for graph in self._graphs for note in graph.notes)
+        return tuple(note for graph in self.graphs for note in graph.notes)
 
     @property
     def bytes_before(self) -> int:
@@ -176,7 +177,7 @@ class Report:
             "declined": len(self.declined),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
-            "graphs": [graph.to_dict() for graph in self._graphs],
+            "graphs": [graph.to_dict() for graph in self.graphs],
         }
 
     def to_json(self, indent: int | None = 2) -> str:
@@ -193,8 +194,8 @@ class Report:
         for note in dict.fromkeys(self.notes):
             detail = f" ({note.detail})" if note.detail else ""
             lines.append(f"{note.what}: {note.reason}{detail}")
-        training = [graph for graph in self._graphs if graph.training]
-        unknown = sum(graph.state is State.UNKNOWN for graph in self._graphs)
+        training = [graph for graph in self.graphs if graph.training]
+        unknown = sum(graph.state is State.UNKNOWN for graph in self.graphs)
         if unknown:
             lines.append(f"{unknown} graph(s) {_LEFT_ALONE[State.UNKNOWN]}")
         lines.append(

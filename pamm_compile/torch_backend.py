@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never
@@ -65,7 +66,8 @@ class Backend:
         self._key = "\n".join([options.fingerprint, repr((mode, settings)), *own])
         # What the report holds already.
         self._shown: set[object] = set()
-        _made[self._key] += 1
+        with _lock:
+            _made[self._key] += 1
 
     def __eq__(self, other: object) -> bool:
         return self._key == other._key if isinstance(other, Backend) else NotImplemented
@@ -128,10 +130,17 @@ class Backend:
         return run
 
     def _show(self, graph: object, report: GraphReport) -> None:
-        if graph not in self._shown:
-            self._shown.add(graph)
-            self.report.add(report)
+        if graph in self._shown:
+            return
+        with _lock:
+            if graph not in self._shown:
+                self._shown.add(graph)
+                self.report.add(report)
 
+
+# Dynamo lets one thread compile at a time, but any number may make backends and run compiled code.
+# One lock for all backends, since one of a backend's own could not be copied with it.
+_lock = threading.RLock()
 
 # How many backends there are of each kind: where there is one, nobody else can be in use.
 _made: Counter[str] = Counter()
@@ -294,7 +303,10 @@ def by_name(options: Mapping[str, Any] | None = None) -> Backend:
     if "rules" in ours:
         around = {n: v for n, v in around.items() if n not in ONE_RULE}
     chosen = Options.from_mapping({**around, **ours})
-    return _BY_NAME.setdefault(chosen.fingerprint, Backend(chosen))
+    with _lock:
+        if chosen.fingerprint not in _BY_NAME:
+            _BY_NAME[chosen.fingerprint] = Backend(chosen)
+        return _BY_NAME[chosen.fingerprint]
 
 
 def check_strict(report: GraphReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import pamm_compile
 
 _SCRIPT = """
-import json, sys
+import json, os, signal, sys
 import torch
 import pamm_compile
 from torch import nn
@@ -32,6 +33,13 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v)
 
+def die(event, arguments):
+    # Files of the caches are written beside their places, and renamed.
+    if event == "os.rename" and sys.argv[2] in str(arguments[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv[2]:
+    sys.addaudithook(die)
 torch.manual_seed(0)
 model = Block()
 backend = pamm_compile.backend(ratio=int(sys.argv[1]), min_tokens=1)
@@ -49,25 +57,41 @@ def _copy(destination: Path) -> Path:
     return destination
 
 
-def _run(cache: Path, ratio: int, package: Path) -> dict[str, Any]:
+def _start(
+    cache: Path, ratio: int, package: Path, dies_at: str = "", prefix: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
         "PYTHONPATH": str(package),
         "OMP_NUM_THREADS": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(ratio)],
+    return subprocess.Popen(
+        [*prefix, sys.executable, "-c", _SCRIPT, str(ratio), dies_at],
         env=environment,
         cwd=package,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+
+
+def _result(process: subprocess.Popen[str]) -> dict[str, Any]:
+    out, err = _ended(process)
+    assert process.returncode == 0, err
+    result: dict[str, Any] = json.loads(out.splitlines()[-1])
     return result
+
+
+def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    try:
+        return process.communicate(timeout=300)
+    finally:
+        process.kill()
+
+
+def _run(cache: Path, ratio: int, package: Path, **options: Any) -> dict[str, Any]:
+    return _result(_start(cache, ratio, package, **options))
 
 
 @pytest.mark.slow
@@ -97,3 +121,58 @@ def test_processes_that_share_a_cache(tmp_path: Path) -> None:
     missed = _run(cache, 256, edited)
     assert missed["aot"].get("autograd_cache_hit", 0) == 0
     assert missed["inductor"].get("fxgraph_cache_hit", 0) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.everything
+def test_two_processes_fill_a_cold_cache_at_once(tmp_path: Path) -> None:
+    cache, package = tmp_path / "cache", _copy(tmp_path)
+    one, other = [_result(each) for each in [_start(cache, 256, package) for _ in range(2)]]
+    again = _run(cache, 256, package)
+    assert again["aot"]["autograd_cache_hit"] == 1
+    assert one["rank"] == other["rank"] == again["rank"] == 2
+    assert one["report"] == other["report"] == again["report"]
+    assert again["report"]["compressed"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.everything
+def test_a_process_is_killed_while_it_writes(tmp_path: Path) -> None:
+    cache, package = tmp_path / "cache", _copy(tmp_path)
+    # The first file of all, ours, and the last.
+    for dies_at in ("/", "cache/pamm_compile/", "/aotautograd/"):
+        killed = _start(cache, 256, package, dies_at)
+        _ended(killed)
+        assert killed.returncode == -signal.SIGKILL
+    first, again = (_run(cache, 256, package) for _ in range(2))
+    assert again["aot"]["autograd_cache_hit"] == 1
+    assert first["rank"] == again["rank"] == 2
+    assert first["report"] == again["report"]
+    assert again["report"]["compressed"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.everything
+def test_a_filled_cache_is_read_only_but_for_its_locks(tmp_path: Path) -> None:
+    """Without locks, and to compile anew, Inductor by itself needs to write."""
+    # Permissions do not stop root.
+    obey = ("setpriv", "--bounding-set=-dac_override") if os.geteuid() == 0 else ()
+    if obey and shutil.which(obey[0]) is None:
+        pytest.skip("root can write anywhere, and there is no setpriv to make it obey")
+    cache, package = tmp_path / "cache", _copy(tmp_path)
+    first = _run(cache, 256, package)
+    folders = [cache, *(each for each in cache.rglob("*") if each.is_dir())]
+    locks = cache / "locks"
+    for folder in folders:
+        folder.chmod(0o777 if folder == locks else 0o555)
+    before = sorted(cache.rglob("*"))
+    try:
+        again = _run(cache, 256, package, prefix=obey)
+    finally:
+        for folder in folders:
+            folder.chmod(0o777)
+    assert again["aot"]["autograd_cache_hit"] == 1
+    assert again["report"] == first["report"]
+    assert [path for path in sorted(cache.rglob("*")) if locks not in path.parents] == [
+        path for path in before if locks not in path.parents
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ def main() -> None:
     check_autocast()
     check_ranks_agree_after_clipped_steps()
     check_unequal_shapes()
+    check_each_rank_decides_by_its_own_time()
     check_join()
 
 
@@ -169,6 +171,38 @@ def check_unequal_shapes() -> None:
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
     optimizer.step()
     assert_ranks_agree(ours)
+
+
+class Wide(nn.Module):
+    """A linear layer in a frame of its own: Dynamo skips those of torch's modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(64, 512)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x)
+
+
+def check_each_rank_decides_by_its_own_time() -> None:
+    """One rank gains time, the other has too few tokens for it: gradients are means of both."""
+    long = dist.get_rank() == 0
+    x = torch.randn(256 if long else 16, 64, generator=torch.Generator().manual_seed(1))
+
+    def graded(wrap: Callable[[nn.Module, Any, float], nn.Module]) -> dict[str, Tensor]:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        backend = pamm(ratio=64, targets="linear", goal="speed")
+        model = wrap(Wide(), backend, 25)
+        model(x).square().mean().backward()
+        reasons = {site.reason for site in backend.report.sites}
+        assert reasons == {None if long else "UNPROFITABLE"}, str(backend.report)
+        return {own_name(name): p.grad for name, p in model.named_parameters()}
+
+    alone = graded(lambda model, backend, _: torch.compile(model, backend=backend))
+    together = graded(_outside)
+    for name, want in mean(alone).items():
+        torch.testing.assert_close(together[name], want)
 
 
 def check_join() -> None:

@@ -11,15 +11,18 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from pamm_compile.methods.base import Method
 from pamm_testing.distributed.tiny import (
     BATCH,
     LENGTH,
     MATCHED,
+    SUBSPACE,
     Model,
     Run,
     assert_matched,
     assert_only_matched_differ,
     assert_ranks_agree,
+    backend_with,
     build,
     collect,
     expected,
@@ -40,6 +43,7 @@ def main() -> None:
     check(mesh, whole=False, policy=MixedPrecisionPolicy(), reshard=True)
     check(mesh, whole=False, policy=MIXED, reshard=False)
     check(mesh, whole=True, policy=MIXED, reshard=True)
+    check(mesh, whole=False, policy=MixedPrecisionPolicy(), reshard=True, method=SUBSPACE)
     check_accumulation(mesh)
     check_ranks_agree_after_clipped_steps(mesh)
     check_unequal_shapes(mesh)
@@ -77,11 +81,18 @@ def _pair(mesh: DeviceMesh, backend: Any, **options: Any) -> tuple[Model, Model]
     return shard(build(), "aot_eager", mesh, **options), shard(build(), backend, mesh, **options)
 
 
-def check(mesh: DeviceMesh, *, whole: bool, policy: MixedPrecisionPolicy, reshard: bool) -> None:
+def check(
+    mesh: DeviceMesh,
+    *,
+    whole: bool,
+    policy: MixedPrecisionPolicy,
+    reshard: bool,
+    method: Method | None = None,
+) -> None:
     reference = shard(build(), None, mesh, policy=policy)
     with watching(reference) as seen:
         step(reference, [_mine()])
-    backend = pamm()
+    backend = backend_with(method)
     exact, ours = _pair(mesh, backend, whole=whole, policy=policy, reshard=reshard)
     run = step(ours, [_mine()])
     # The blocks share one compiled graph; compiled as a whole, the model's names are of the first.
@@ -93,7 +104,7 @@ def check(mesh: DeviceMesh, *, whole: bool, policy: MixedPrecisionPolicy, reshar
     assert_only_matched_differ(step(exact, [_mine()]), run, MATCHED)
     # bf16 gradients are rounded before the reduction, ours and the reference's at other places.
     tolerance = 1e-5 if policy.param_dtype is None else 1e-2
-    assert_matched(run, mean(expected(seen, one_graph=False)), tolerance)
+    assert_matched(run, mean(expected(seen, one_graph=False, method=method)), tolerance)
 
 
 def _accumulate(model: Model, batches: list[Tensor]) -> Run:

@@ -26,8 +26,10 @@ from torch.distributed.tensor.parallel import (
 )
 
 import pamm_compile
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.compression import compress, weight_gradients
 from pamm_compile.methods.sampling import content_seed, site_seed
+from pamm_compile.methods.subspace.method import Subspace
 
 VOCABULARY, WIDTH, HEADS, KEY_HEADS, HIDDEN, LAYERS = 64, 32, 4, 2, 64, 2
 BATCH, LENGTH = 4, 32
@@ -143,10 +145,12 @@ def parallelize(model: Model, mesh: DeviceMesh, *, sequence: bool) -> None:
         parallelize_module(layer, mesh, inner)
 
 
+SUBSPACE = Subspace(rank=8)
+
+
 def pamm(**options: object) -> pamm_compile.Backend:
-    backend = pamm_compile.backend(
-        **{"ratio": RATIO, "min_tokens": 1, "base": "aot_eager", **options}
-    )
+    rule = {} if "rules" in options else {"ratio": RATIO}
+    backend = pamm_compile.backend(**{**rule, "min_tokens": 1, "base": "aot_eager", **options})
     backend.report.clear()
     return backend
 
@@ -231,13 +235,20 @@ def watching(model: nn.Module) -> Iterator[dict[str, Seen]]:
         handle.remove()
 
 
-def expected(seen: dict[str, Seen], *, one_graph: bool, ratio: int = RATIO) -> dict[str, Tensor]:
+def backend_with(method: Method | None) -> pamm_compile.Backend:
+    return pamm() if method is None else pamm(rules={"qkv": method})
+
+
+def expected(
+    seen: dict[str, Seen], *, one_graph: bool, ratio: int = RATIO, method: Method | None = None
+) -> dict[str, Tensor]:
     """Compute the compressed weight gradients from this rank's rows.
 
     Args:
         seen: of one forward and backward pass.
         one_graph: whether all layers were compiled as one graph, which has one content seed.
         ratio: tokens per generator.
+        method: another than PAMM.
 
     Returns:
         Gradients of this rank, by parameter.
@@ -248,9 +259,13 @@ def expected(seen: dict[str, Seen], *, one_graph: bool, ratio: int = RATIO) -> d
     for number, site in enumerate(sites):
         first, number = (sites[0], number) if one_graph else (site, 0)
         seed = site_seed(content_seed(seen[first[0]].x, 0), number)
-        compressed = compress(seen[site[0]].x, seed, ratio=Fraction(ratio))
-        dz = [seen[name].dz for name in site]
-        results = weight_gradients(compressed, dz, [False] * len(site))
+        x, dz = seen[site[0]].x, [seen[name].dz for name in site]
+        flips = [False] * len(site)
+        if method is None:
+            results = weight_gradients(compress(x, seed, ratio=Fraction(ratio)), dz, flips)
+        else:
+            stored = method.store(x, seed, [each.shape[1] for each in dz])
+            results = method.weight_gradients(stored, dz, flips)
         grads |= dict(zip(site, results, strict=True))
     return grads
 

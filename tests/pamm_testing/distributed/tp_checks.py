@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.experimental import implicit_replication
 
+from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import content_seed
 from pamm_testing.distributed.fsdp_checks import MIXED, SITE, shard
 from pamm_testing.distributed.tiny import (
@@ -21,11 +22,13 @@ from pamm_testing.distributed.tiny import (
     LENGTH,
     MATCHED,
     RATIO,
+    SUBSPACE,
     WIDTH,
     Model,
     assert_matched,
     assert_only_matched_differ,
     assert_ranks_agree,
+    backend_with,
     build,
     expected,
     gathered,
@@ -53,6 +56,7 @@ def _check_all(*, sequence: bool) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     check(mesh, sequence=sequence, whole=False)
     check(mesh, sequence=sequence, whole=True)
+    check(mesh, sequence=sequence, whole=True, method=SUBSPACE)
     check_ranks_agree_after_clipped_steps(mesh, sequence=sequence)
 
 
@@ -64,7 +68,7 @@ def _wrap(model: Model, backend: Any, mesh: DeviceMesh, *, sequence: bool, whole
     return model
 
 
-def check(mesh: DeviceMesh, *, sequence: bool, whole: bool) -> None:
+def check(mesh: DeviceMesh, *, sequence: bool, whole: bool, method: Method | None = None) -> None:
     torch._dynamo.reset()
     batch = [tokens(1)]
     options = {"sequence": sequence, "whole": whole}
@@ -72,7 +76,7 @@ def check(mesh: DeviceMesh, *, sequence: bool, whole: bool) -> None:
     with watching(reference) as seen:
         step(reference, batch)
     _assert_same_seed(seen["layers.1.attention.wq.weight"].x)
-    backend = pamm()
+    backend = backend_with(method)
     exact = step(_wrap(build(), "aot_eager", mesh, **options), batch)
     ours = step(_wrap(build(), backend, mesh, **options), batch)
     prefixes = [f"layers.{i}." for i in range(LAYERS)] if whole else [""]
@@ -80,7 +84,7 @@ def check(mesh: DeviceMesh, *, sequence: bool, whole: bool) -> None:
     assert found == [tuple(prefix + name for name in SITE) for prefix in prefixes]
     assert all(site.shape == (BATCH * LENGTH, WIDTH) for site in backend.report.compressed)
     assert_only_matched_differ(exact, ours, MATCHED)
-    assert_matched(ours, gathered(expected(seen, one_graph=whole)))
+    assert_matched(ours, gathered(expected(seen, one_graph=whole, method=method)))
 
 
 def _assert_same_seed(x: torch.Tensor) -> None:
