@@ -76,7 +76,7 @@ _SHAPED_LIKE = {
 
 # Sums, by the places of the summands among the arguments. One that is added to some rows or
 # columns of the first (index_add and the like) counts as a summand of all.
-_SUMS = {
+SUMS = {
     "aten::add": (0, 1), "aten::sub": (0, 1), "aten::rsub": (0, 1), "aten::addcmul": (0, 1, 2),
     "aten::addcdiv": (0, 1, 2), "aten::lerp": (0, 1, 2), "aten::index_add": (0, 3),
     "aten::scatter_add": (0, 3), "aten::scatter_reduce": (0, 3), "aten::index_put": (0, 2),
@@ -93,7 +93,7 @@ _SUMS_IF = {
 }  # fmt: skip
 
 # Multiply the elements of one operand with those of another, or add these.
-SHIFTS = {*_SUMS, "aten::mul", "aten::div", "aten::where", "aten::pow", "aten::atan2"}
+SHIFTS = {*SUMS, "aten::mul", "aten::div", "aten::where", "aten::pow", "aten::atan2"}
 
 _FOREACH_SUMS = {
     "aten::_foreach_add", "aten::_foreach_sub", "aten::_foreach_addcmul", "aten::_foreach_addcdiv",
@@ -220,10 +220,8 @@ def summands(node: Node) -> list[Node]:
         place, wanted = _SUMS_IF[name]
         if len(node.args) <= place or node.args[place] != wanted:
             return []
-    if name in _SUMS:
-        return [
-            a for i in _SUMS[name] if i < len(node.args) and isinstance(a := node.args[i], Node)
-        ]
+    if name in SUMS:
+        return [a for i in SUMS[name] if i < len(node.args) and isinstance(a := node.args[i], Node)]
     if name in _REDUCED_SUMS:
         return _stacked(node.args[0])
     if is_getitem(node) and op_name(node.all_input_nodes[0]) in _FOREACH_SUMS:

@@ -26,6 +26,7 @@ from pamm_compile.graph.spread import Spread, everywhere, spread
 from pamm_compile.graph.vocabulary import (
     SHIFTS,
     SUMMED,
+    SUMS,
     is_attention,
     is_convolution,
     is_detach,
@@ -170,10 +171,11 @@ class _Search:
         sources = [s for s in node.all_input_nodes if carries_gradient(s)]
         for source in sources:
             for weight, each in self._carried.get(source, {}).items():
-                beside = (s for s in sources if weight not in self._carried.get(s, {}))
+                beside = [s for s in sources if weight not in self._carried.get(s, {})]
                 active = any(map(self._flow.operands.is_active, beside))
                 mixed = each.mixed or (op_name(node) in SHIFTS and active)
-                alone = each.alone and not active
+                # Data that a weight is added to stay data; what is scaled by it may be a weight.
+                alone = each.alone and not (active or (beside and op_name(node) in SUMS))
                 if mixed and is_exponential(node):
                     # A bias of scores.
                     continue
