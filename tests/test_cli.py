@@ -62,6 +62,7 @@ def test_fidelity_and_recommend(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error at most 0.9" in capsys.readouterr().out
 
 
+@pytest.mark.quick
 def test_explain_a_function(capsys: pytest.CaptureFixture[str]) -> None:
     name = f"{__name__}:subject"
     options = ("--rules", "qkv=pamm:4", "--min-tokens", "1")

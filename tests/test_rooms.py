@@ -81,6 +81,7 @@ def _name(path: Path) -> str:
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+@pytest.mark.quick
 def test_every_arrow_between_rooms_leads_down() -> None:
     wrong = {_name(path): _wrong(path, _room(_name(path))) for path in FILES}
     assert {name: found for name, found in wrong.items() if found} == {}

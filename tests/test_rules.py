@@ -38,6 +38,7 @@ def test_what_text_means(text: str, rules: list[Rule]) -> None:
     assert make_rules({rule.target: rule.method for rule in rules}) == tuple(rules)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("text", "message", "pointed_at"),
     [

@@ -36,6 +36,7 @@ def _eager(**options: Any) -> pamm_compile.Backend:
     return backend
 
 
+@pytest.mark.quick
 def test_the_same_options_give_equal_objects() -> None:
     one, other = pamm_compile.backend(ratio=32), pamm_compile.backend(ratio=32.0)
     assert one == other

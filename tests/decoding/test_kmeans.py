@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from pamm_compile.decoding.clusters import cosine_kmeans
 
 
+@pytest.mark.quick
 def test_kmeans_tells_a_direction_from_its_opposite() -> None:
     x = torch.randn(1, 8).repeat(20, 1) + 0.01 * torch.randn(20, 8)
     x[10:] *= -3

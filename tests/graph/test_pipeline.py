@@ -39,6 +39,7 @@ def _train(**options: Any) -> pamm_compile.Backend:
     return backend
 
 
+@pytest.mark.quick
 def test_a_second_pass_runs_behind_ours_and_reports_with_it() -> None:
     backend = _train(passes=[CountMatmuls()])
     (graph,) = backend.report.graphs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from pamm_testing.forms import Attention, _sdpa
 from pamm_testing.zoo import BATCH, LENGTH, WIDTH
@@ -21,6 +22,7 @@ class _WithState(nn.Module):
         return self.drop(self.attention(self.norm(x)))
 
 
+@pytest.mark.quick
 def test_explain_leaves_the_model_alone() -> None:
     model = _WithState().train()
     before = {name: t.clone() for name, t in model.state_dict().items()}

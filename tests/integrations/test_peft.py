@@ -45,6 +45,7 @@ def _a(layer: int, name: str) -> str:
     return f"{prefix}.{name}.lora_A.default.weight"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_only_gradients_of_a_change(dropout: float) -> None:
     model, exact, ours, report = _runs(dropout)

@@ -18,6 +18,7 @@ PACKAGE = Path(pamm_compile.__file__).parent
 SUBJECTS = (aot, inductor, memory, scaled)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("symbol", symbols.RESOLVED)
 def test_this_torch_has(symbol: str) -> None:
     symbols.resolve(symbol)

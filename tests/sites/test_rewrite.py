@@ -33,6 +33,7 @@ def _llama() -> Case:
     return next(case for case in DECODERS if case.name == "llama")
 
 
+@pytest.mark.quick
 def test_three_weight_gradients_become_one_contraction_and_one_matmul() -> None:
     case = _llama()
     model = case.build()

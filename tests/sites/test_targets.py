@@ -78,6 +78,7 @@ class _Block(nn.Module):
         return self.classify(x.mean(1)).logsumexp(-1).mean()
 
 
+@pytest.mark.quick
 def test_adapters_belong_to_what_they_adapt_and_conditioning_to_nothing() -> None:
     batch = {"x": torch.randn(BATCH, LENGTH, WIDTH), "condition": torch.randn(BATCH, WIDTH)}
     found = look(_Block(), batch)

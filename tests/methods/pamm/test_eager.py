@@ -54,6 +54,7 @@ def test_assign_is_the_naive_assignment(
         assert math.copysign(1, scale[i]) == math.copysign(1, cosine[i])
 
 
+@pytest.mark.quick
 @given(seeds, st.integers(1, 30), st.integers(1, 6), st.integers(1, 8))
 def test_assign_is_exactly_the_naive_assignment_of_small_integers(
     seed: int, b: int, n: int, k: int

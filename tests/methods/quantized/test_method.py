@@ -57,6 +57,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+@pytest.mark.quick
 def test_it_is_a_method() -> None:
     assert isinstance(Quantized(), Method)
     assert len({method.fingerprint for method in (*METHODS, Quantized(8, float8=False))}) == 4

@@ -59,6 +59,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float((found.double() - wanted.double()).norm() / wanted.double().norm())
 
 
+@pytest.mark.quick
 def test_it_is_a_method() -> None:
     assert isinstance(Subspace(), Method)
     assert Subspace(0.5) == Subspace(0.5)
