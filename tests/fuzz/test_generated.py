@@ -15,6 +15,8 @@ from pamm_testing.graphs import look
 
 COUNT = int(os.environ.get("PAMM_GENERATED", "0"))
 FEW = 2 * len(PARTS)
+DECLINED_IN_VAIN = {746, 835}
+"""Where a large layer makes a weight for every sample, those behind are taken to mix its tokens."""
 
 
 def _check(seed: int) -> None:
@@ -26,6 +28,9 @@ def _check(seed: int) -> None:
     said |= {name: "" for name in names if name not in said}
     silent = made.said.keys() - said.keys()
     assert not silent, f"generate({seed}) {made.parts}: silent {sorted(silent)}"
+    if seed in DECLINED_IN_VAIN:
+        assert "NOT_OVER_TOKENS" in found.reasons.values(), "mended: take it out of the list"
+        return
     wrong = {n: said[n] for n, allowed in made.said.items() if said[n] not in allowed}
     assert not wrong, f"generate({seed}) {made.parts}: {wrong}"
 
