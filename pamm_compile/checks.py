@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from pamm_compile.errors import InvalidOptionError
 
-MOST = 2**31 - 1
-"""The largest integer that an option may be: more of anything than a graph can hold."""
+MOST = 2**63 - 1
+"""The largest integer that an option may be, as that of a size is."""
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxlong = _shown.maxother = 200
