@@ -26,6 +26,11 @@ def shown(given: object) -> str:
     return _shown.repr(given)
 
 
+def shortened(text: str) -> str:
+    """Return text, its middle left out where it is long."""
+    return text if len(text) <= _shown.maxstring else shown(text)[1:-1]
+
+
 def refusal(name: str, given: object, allowed: str, hint: str) -> InvalidOptionError:
     """Return the error for a value that is not allowed, to be raised."""
     return InvalidOptionError(
@@ -53,10 +58,9 @@ def integer(name: str, given: object, least: int, hint: str, most: int = MOST) -
     if isinstance(given, bool) or not isinstance(given, numbers.Integral):
         raise refusal(name, given, allowed, hint)
     whole = int(given)
-    if whole < least:
-        raise refusal(name, given, allowed, hint)
     if whole > most:
         allowed = f"an integer of at least {least} and at most {most}"
+    if not least <= whole <= most:
         raise refusal(name, given, allowed, hint)
     return whole
 

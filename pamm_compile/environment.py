@@ -48,7 +48,7 @@ def options_from_environment(environment: Mapping[str, str] = os.environ) -> dic
             # Checked one by one: the error of a whole would not name the variable to blame.
             Options.from_mapping({name: value})
         except InvalidOptionError as error:
-            raise InvalidOptionError(f"{variable}={checks.shown(text)[1:-1]}: {error}") from None
+            raise InvalidOptionError(f"{variable}={checks.shortened(text)}: {error}") from None
         found[name] = value
     return found
 

@@ -188,10 +188,8 @@ def _parse_method(text: str) -> Method | None:
     name, *values = (value.strip() for value in text.split(":"))
     if name == _EXACT:
         if values:
-            given = ":".join(values)
-            raise InvalidOptionError(
-                f"{_EXACT}:{checks.shown(given)[1:-1]} is not allowed: {_EXACT} takes no options."
-            )
+            given = checks.shortened(text)
+            raise InvalidOptionError(f"{given} is not allowed: {_EXACT} takes no options.")
         return None
     if name not in METHODS:
         allowed = (*METHODS, _EXACT)

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from pamm_compile import checks
 from pamm_compile.driver import inductor_settings
-from pamm_compile.errors import InvalidOptionError, MeasurementError
+from pamm_compile.errors import MeasurementError
 from pamm_compile.inspect.measure import MemoryUse, differentiate, measure_memory
 from pamm_compile.inspect.undisturbed import refuse_without_values, undisturbed
 from pamm_compile.private import inductor, memory
@@ -149,11 +149,9 @@ def compare_memory(
             is unknown.
     """
     checks.integer("steps", steps, 0, "0 times nothing.")
-    if not 0 <= budget <= 1:
-        raise InvalidOptionError(
-            f"budget={budget!r} is not allowed: it is the fraction of activation memory to keep, "
-            "from 0 (recompute everything) to 1 (recompute nothing beyond the default)."
-        )
+    allowed, hint = "a number from 0 to 1", "It is the fraction of activation memory to keep."
+    if not 0 <= checks.number("budget", budget, allowed, hint) <= 1:
+        raise checks.refusal("budget", budget, allowed, hint)
     refuse_without_values("compare_memory()", model, ())
     settings = inductor_settings(mode, options)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from pamm_compile import checks
 from pamm_compile.driver import Compiled, Mode, compile_graph, visit
 from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.graph.pipeline import Pipeline
@@ -190,8 +191,7 @@ def fidelity(
             "fidelity() needs either rules, a method for every target, or methods, to compare "
             'everywhere. For example methods=[Pamm(64), Subspace(0.1)] or rules="linear=subspace".'
         )
-    if draws < 1:
-        raise InvalidOptionError(f"draws={draws} is not allowed: draws must be at least 1.")
+    checks.integer("draws", draws, 1, "More of them tell the noise from the bias.")
     refuse_without_values("fidelity()", model, (args, kwargs))
     compared = list(methods or [])
     chosen = make_rules(rules) if rules is not None else (Rule("linear", compared[0]),)

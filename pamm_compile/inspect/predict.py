@@ -138,9 +138,6 @@ def _fake_if_meta(
 
     with memory.fake_mode():
         for module in model.modules():
-            places: tuple[dict[str, Any], ...] = (
-                module._parameters, module._buffers, vars(module),
-            )  # fmt: skip
-            for held in places:
+            for held in memory.attributes(module):
                 held.update({n: fake(t) for n, t in held.items() if isinstance(t, Tensor)})
         yield memory.with_tensors(inputs, fake)

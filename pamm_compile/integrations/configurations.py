@@ -121,6 +121,7 @@ def from_config(path: Path, asked: Asked, *, random: bool) -> tuple[nn.Module, d
         with torch.device(asked.device), patched:
             model = make(config, dtype=asked.dtype).train()
     except Exception as error:
+        # What a class of the configuration's choice raises is of any type.
         raise InvalidOptionError(
             f"--config {path}: Transformers makes no model of it: {_first_line(error)}. "
             f"{_OTHERWISE}"

@@ -61,6 +61,11 @@ def has_values(tensor: torch.Tensor) -> bool:
     return not isinstance(tensor, _FakeTensor) and tensor.device.type != "meta"
 
 
+def attributes(module: torch.nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return the mappings in which a module holds parameters, buffers and anything else."""
+    return module._parameters, module._buffers, vars(module)
+
+
 def gradient_hooks(tensor: torch.Tensor) -> dict[int, Any] | None:
     """Return the hooks that run when the gradient of a tensor is made, as torch keeps them."""
     hooks: dict[int, Any] | None = tensor._backward_hooks
