@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 from collections.abc import Iterator
 
+import pamm_testing.no_code
 import pytest
 import torch
 
@@ -15,6 +17,13 @@ def _fresh_dynamo() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def no_code() -> Iterator[None]:
+    """Let Inductor do everything but generate code, which is most of its time."""
+    with pamm_testing.no_code.no_code():
+        yield
 
 
 @pytest.fixture
@@ -36,6 +45,9 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     threads = compile_threads(os.cpu_count() or 1, workers, has_gpu=torch.cuda.is_available())
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    if platform.machine() == "x86_64":
+        # Else Inductor compiles six programs to probe the compiler, for each cache folder anew.
+        os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     # Tracing makes objects by the million; looking for cycles in a growing heap took a fifth of the
     # time.
     gc.set_threshold(100_000, 50, 100)

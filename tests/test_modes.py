@@ -29,7 +29,7 @@ def _case() -> tuple[Attention, dict[str, Any]]:
     ("method", "mode"),
     [
         ("pamm", "reduce-overhead"),
-        ("subspace", "max-autotune"),
+        pytest.param("subspace", "max-autotune", marks=pytest.mark.everything),
         pytest.param("pamm", "max-autotune", marks=pytest.mark.everything),
         pytest.param("subspace", "reduce-overhead", marks=pytest.mark.everything),
     ],

@@ -71,7 +71,7 @@ def deterministic() -> Iterator[None]:
 
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize(
-    "base", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)], ids=str
+    "base", ["aot_eager", pytest.param("inductor", marks=pytest.mark.everything)], ids=str
 )
 def test_a_resumed_run_is_the_uninterrupted_one(base: str) -> None:
     """Two batches a step, clipped, with dropout, in torch's deterministic mode."""

@@ -41,6 +41,9 @@ _INDUCTOR_CASES = [
 def test_inductor_loss_is_equal_and_other_gradients_to_rounding(case: Case) -> None:
     """With the class's own dropout: our pass draws nothing from torch's generators."""
     model = case.build().train()
+    for layers in [each for each in model.modules() if isinstance(each, nn.ModuleList)]:
+        # What is generated for the second layer is what is there for the first.
+        del layers[1:]
     batch = case.batch()
     exact = step(model, torch.compile(model), batch, case.loss)
     torch._dynamo.reset()
@@ -49,13 +52,15 @@ def test_inductor_loss_is_equal_and_other_gradients_to_rounding(case: Case) -> N
     ours = step(model, torch.compile(model, backend=backend), batch, case.loss)
     assert torch.equal(exact.loss, ours.loss)
     compressed = {name for site in backend.report.compressed for name in site.parameters}
-    assert len(backend.report.compressed) == case.sites
+    assert len(backend.report.compressed) == 1
     for name, grad in exact.grads.items():
         if name not in compressed:
             torch.testing.assert_close(ours.grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("base", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "base", ["aot_eager", pytest.param("inductor", marks=pytest.mark.everything)]
+)
 def test_ratio_1_gives_the_exact_weight_gradient(base: Any) -> None:
     model, backend, _ = _block(ratio=1, base=base, goal="any")
     batch = {"x": torch.randn(3, 33, WIDTH)}
@@ -71,7 +76,7 @@ def test_ratio_1_gives_the_exact_weight_gradient(base: Any) -> None:
     ("base", "sampling", "epsilon"),
     [
         *itertools.product(["aot_eager"], ["stratified", "uniform"], [None, 0.5]),
-        ("inductor", "stratified", None),
+        pytest.param("inductor", "stratified", None, marks=pytest.mark.everything),
         ("inductor", "uniform", 0.5),
     ],
 )

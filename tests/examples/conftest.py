@@ -1,33 +1,18 @@
-"""The examples in this process, and without the time that generating code takes."""
+"""The examples in this process."""
 
 from __future__ import annotations
 
-import functools
 import runpy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import torch._functorch.config as functorch_config
 from pamm_testing.programs import CHECKOUT, EXAMPLES
-from torch._inductor import compile_fx
-
-from pamm_compile.private import inductor
 
 # Behind what is installed: of the checkout only `examples` is wanted.
 sys.path.append(str(CHECKOUT))
-
-
-@pytest.fixture
-def no_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Let Inductor do everything but generate code: graphs are partitioned, and run eagerly."""
-    eager = functools.partial(compile_fx.compile_fx, inner_compile=inductor.run_eagerly)
-    monkeypatch.setattr(compile_fx, "compile_fx", eager)
-    monkeypatch.setattr(inductor, "compile_fx", eager)
-    with functorch_config.patch(enable_autograd_cache=False):
-        yield
 
 
 @pytest.fixture

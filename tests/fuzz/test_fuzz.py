@@ -29,7 +29,7 @@ from pamm_testing.fuzz.spec import (
     Spec,
 )
 
-GRAPHS = int(os.environ.get("PAMM_FUZZ_GRAPHS", "27"))
+GRAPHS = int(os.environ.get("PAMM_FUZZ_GRAPHS", "18"))
 SEED = int(os.environ.get("PAMM_FUZZ_SEED", "0"))
 
 

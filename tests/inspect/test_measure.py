@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import weakref
@@ -29,6 +30,7 @@ from pamm_compile.private import aot, memory
 
 gpu = pytest.mark.gpu
 
+BUDGETS = (0.99, 0.5)
 BLOCK = 64 * 32 * 4
 """Bytes of a float32 tensor [64, 32]."""
 
@@ -226,14 +228,9 @@ def partitioned_bytes(
 
 
 @pytest.mark.parametrize(
-    ("budget", "generate_code"),
-    [
-        pytest.param(1.0, True, id="inductor"),
-        pytest.param(0.99, False, id="budget-0.99"),
-        pytest.param(0.5, False, id="budget-0.5"),
-    ],
+    ("compressed", "budget", "generate_code"),
+    [(True, 1.0, True), (False, 1.0, False), *itertools.product([False, True], BUDGETS, [False])],
 )
-@pytest.mark.parametrize("compressed", [False, True], ids=["exact", "pamm"])
 def test_compiled_bytes_are_those_of_the_partition(
     compressed: bool, budget: float, generate_code: bool
 ) -> None:
@@ -293,6 +290,7 @@ def test_counts_what_is_kept_past_the_hooks(compiled: bool) -> None:
     assert saved_bytes(run) == BLOCK
 
 
+@pytest.mark.usefixtures("no_code")
 def test_five_arms() -> None:
     model, x = small_model()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
@@ -327,6 +325,7 @@ def test_five_arms() -> None:
     assert all(line.startswith(name) for line, name in zip(lines[2:], names, strict=False))
 
 
+@pytest.mark.usefixtures("no_code")
 def test_timing_is_optional_and_user_settings_survive() -> None:
     model, x = small_model()
     with memory.memory_budget(0.9):

@@ -14,7 +14,6 @@ import pamm_compile
 from pamm_compile import measure_memory, predict_saved
 
 TOKENS = BATCH * LENGTH
-BUDGETS = (1.0, 0.5)
 
 
 class Block(nn.Module):
@@ -29,9 +28,20 @@ class Block(nn.Module):
         return x + self.attention(self.norm(x))
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("compressed", [False, True], ids=["exact", "pamm"])
-def test_predicts_what_inductor_saves(budget: float, compressed: bool) -> None:
+@pytest.mark.parametrize(
+    ("compressed", "budget", "fixture"),
+    [
+        (True, 1.0, None),
+        (True, 0.5, "no_code"),
+        (False, 1.0, "no_code"),
+        (False, 0.5, "no_code"),
+    ],
+)
+def test_predicts_what_inductor_saves(
+    budget: float, compressed: bool, fixture: str | None, request: pytest.FixtureRequest
+) -> None:
+    if fixture:
+        request.getfixturevalue(fixture)
     model, x = Block(), torch.randn(BATCH, LENGTH, WIDTH)
     using = pamm_compile.backend(8, min_tokens=1) if compressed else "exact"
     with functorch_config.patch(activation_memory_budget=budget):

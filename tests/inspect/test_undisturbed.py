@@ -105,11 +105,10 @@ def _kept(state: dict[str, Any]) -> dict[str, tuple[int, Any]]:
     return {k: (0 if k in fresh else id(value), copy(value)) for k, value in state.items()}
 
 
+@pytest.mark.usefixtures("no_code")
 @pytest.mark.parametrize(
-    "look",
-    [_look_explain, _look_fidelity, _look_recommend, _look_predict,
-     pytest.param(_look_compare, marks=pytest.mark.slow)],
-)  # fmt: skip
+    "look", [_look_explain, _look_fidelity, _look_recommend, _look_predict, _look_compare]
+)
 def test_everything_is_put_back(look: Callable[[nn.Module, Tensor], None]) -> None:
     model = Restless(steady=look is _look_compare)
     x = torch.randn(TOKENS, WIDTH, requires_grad=True)

@@ -297,7 +297,7 @@ def test_sites_that_share_a_seed_draw_independently() -> None:
     assert statistic < chi_square_limit(63)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=REPEATED)])
 def test_compiled_seed_and_rows_are_the_eager_ones(dtype: torch.dtype) -> None:
     """Of an input, and of a normalised X made inside the graph, with symbolic shapes."""
 

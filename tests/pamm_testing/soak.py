@@ -2,14 +2,17 @@
 
     python tests/pamm_testing/soak.py --steps 2000
     python tests/pamm_testing/soak.py --steps 2000 --reset
+    python tests/pamm_testing/soak.py --steps 2000 --reset --no-code
 
 Prints one JSON line per round. Every model is compiled for one shape and then, once a second comes,
-for all; with --reset a round ends with `torch._dynamo.reset()`, and the next does so again.
+for all; with --reset a round ends with `torch._dynamo.reset()`, and the next does so again;
+with --no-code Inductor partitions its graphs, and runs them operator by operator.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import random
@@ -35,6 +38,7 @@ from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.recorded import RecordedReport
 from pamm_compile.sites.projections import Site
 from pamm_testing.forms import Attention, EinsumHeads, FusedQKV, _sdpa
+from pamm_testing.no_code import no_code
 from pamm_testing.zoo import WIDTH
 
 WATCHED = (
@@ -122,8 +126,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=10, help="lines to print")
     parser.add_argument("--reset", action="store_true", help="compile anew in every round")
     parser.add_argument("--exact", action="store_true", help="without PAMM, to compare with")
+    parser.add_argument("--no-code", action="store_true", help="let Inductor generate none")
     args = parser.parse_args()
-    soak(args.steps, args.rounds, reset=args.reset, exact=args.exact)
+    with no_code() if args.no_code else contextlib.nullcontext():
+        soak(args.steps, args.rounds, reset=args.reset, exact=args.exact)
 
 
 if __name__ == "__main__":

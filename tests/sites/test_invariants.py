@@ -25,13 +25,13 @@ ALL = [*TRANSFORMERS, *FORMS]
 CASES = [pytest.param(case, id=case.name, marks=_like_others(case)) for case in ALL]
 # What autocast does to a projection does not depend on how attention is written.
 PRECISIONS = [
-    *(pytest.param(case, False, id=f"{case.name}-fp32") for case in ALL),
+    *(pytest.param(case, False, id=f"{case.name}-fp32", marks=_like_others(case)) for case in ALL),
     *(
         pytest.param(
             case,
             True,
             id=f"{case.name}-bf16_autocast",
-            marks=[] if case.name in ("llama", "t5") else [pytest.mark.everything],
+            marks=[] if case.name == "llama" else [pytest.mark.everything],
         )
         for case in TRANSFORMERS
     ),
@@ -92,7 +92,9 @@ def test_saves_the_compressed_form_and_not_the_input(case: Case) -> None:
 
 
 @pytest.mark.parametrize("decompose", [False, True], ids=["aten", "decomposed"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "einsum_heads"])
+@pytest.mark.parametrize(
+    "name", ["llama", pytest.param("gpt2", marks=pytest.mark.everything), "einsum_heads"]
+)
 def test_running_the_pass_twice_changes_nothing(name: str, decompose: bool) -> None:
     case = next(p.values[0] for p in CASES if p.id == name)
     assert isinstance(case, Case)

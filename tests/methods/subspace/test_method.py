@@ -295,7 +295,7 @@ def test_one_trace_serves_any_number_of_tokens(method: Subspace) -> None:
             assert torch.allclose(found.float(), wanted.float(), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("bits", [4, pytest.param(None, marks=pytest.mark.everything)])
 def test_compiled_draws_are_the_eager_ones(bits: Any) -> None:
     method = Subspace(4, bits=bits, candidates=2)
 
@@ -311,7 +311,9 @@ def test_compiled_draws_are_the_eager_ones(bits: Any) -> None:
         assert error(compiled(*given), both(*given)) < (1e-4 if bits is None else 0.05)
 
 
-@pytest.mark.parametrize(("bits", "candidates"), [(4, 1), (None, 2)])
+@pytest.mark.parametrize(
+    ("bits", "candidates"), [(4, 1), pytest.param(None, 2, marks=pytest.mark.everything)]
+)
 def test_in_a_model_all_else_stays_bitwise_and_codes_are_saved_at_any_budget(
     bits: Any, candidates: float
 ) -> None:

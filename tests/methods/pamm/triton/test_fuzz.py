@@ -16,7 +16,7 @@ from pamm_compile.methods.pamm import triton as lowering
 
 Interpret = Callable[..., Any]
 
-DRAWS = int(os.environ.get("PAMM_KERNEL_FUZZ_DRAWS", "40"))
+DRAWS = int(os.environ.get("PAMM_KERNEL_FUZZ_DRAWS", "30"))
 SEED = int(os.environ.get("PAMM_KERNEL_FUZZ_SEED", "0"))
 PARTS = 10
 

@@ -7,6 +7,7 @@ import re
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import triton
 from pamm_testing.triton.fake_gpu import Generated, recording
@@ -147,5 +148,6 @@ def test_llama_with_dynamic_shapes() -> None:
     check_compiles(generated)
 
 
+@pytest.mark.everything
 def test_llama_with_several_choices() -> None:
     check_compiles(generate(1, max_autotune=True))
