@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pamm_compile import checks
+from pamm_compile.devices import DEVICES
 from pamm_compile.errors import InvalidOptionError, PammError
 from pamm_compile.inspect.compare import compare_memory
 from pamm_compile.inspect.explain import explain
@@ -160,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         _add_common(command)
         if name == "explain":
-            text = "a100, h100, h200 or mi300x: show the times that a model of it gives"
+            text = f"show the times that a model of it gives: {', '.join(DEVICES)}"
             command.add_argument("--times-on", metavar="GPU", help=text)
         if name in ("fidelity", "recommend"):
             command.add_argument("--draws", type=int, default=4, help="of every method")

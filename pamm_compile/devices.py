@@ -62,7 +62,7 @@ class DeviceFigures:
 
 
 _L2 = "L2: 5120 bytes a clock, NVIDIA A100 architecture whitepaper, assumed of Hopper too"
-_DEVICES = {
+DEVICES = {
     "a100": DeviceFigures(
         "A100 SXM 80 GB",
         "sm_80",
@@ -118,6 +118,7 @@ _DEVICES = {
         "AMD MI300X data sheet (2023); cache: its Infinity Cache",
     ),
 }
+"""By name; the command line, errors and the docs of examples read this table."""
 
 
 class Costed(Protocol):
@@ -138,14 +139,14 @@ class Predicted(Protocol):
 
 
 def device_named(name: str) -> DeviceFigures:
-    """Return the figures of a GPU: "a100", "h100", "h200" or "mi300x".
+    """Return the figures of a GPU in `DEVICES`, such as "h100".
 
     Raises:
         InvalidOptionError: no other is known.
     """
     key = name.strip().lower()
-    checks.choice("device", key, list(_DEVICES))
-    return _DEVICES[key]
+    checks.choice("device", key, list(DEVICES))
+    return DEVICES[key]
 
 
 def predicted_seconds(cost: Cost, device: DeviceFigures, dtype: torch.dtype) -> float:

@@ -26,6 +26,7 @@ if not __package__:
 from examples.benchmarks import cli, tables
 from examples.benchmarks.models import DEVICE_TOKENS, NAMES, SHAPES, Shape
 from pamm_compile.devices import (
+    DEVICES,
     MATMUL_SHARE,
     DeviceFigures,
     device_named,
@@ -38,7 +39,6 @@ from pamm_compile.rules import parse_rules
 from pamm_compile.size import Size
 
 MODELS = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
-DEVICES = ("a100", "h100", "h200", "mi300x")
 METHODS = ("pamm:1024", "pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125", "quantized:8")
 GENERATORS = (64, 128, 256, 512)
 _SITES = {"q, k, v": 3, "gate, up": 2, "down": 1}

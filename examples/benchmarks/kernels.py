@@ -241,7 +241,7 @@ def predictions(size: Size, k: int) -> dict[str, float]:
     if size.device == "cpu":
         return {}
     name = torch.cuda.get_device_name().lower()
-    known = next((each for each in ("a100", "h100", "h200", "mi300x") if each in name), None)
+    known = next((each for each in devices.DEVICES if each in name), None)
     if known is None:
         return {}
     device = devices.device_named(known)

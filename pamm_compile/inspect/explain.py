@@ -43,8 +43,8 @@ def explain(
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
         using: a backend, for its options; None stands for `backend()`.
-        device: show the times that a model of "a100", "h100", "h200" or "mi300x" gives, none of
-            them measured; None for the device that the model is on.
+        device: show the times that a model of a GPU gives, by its name in `devices.DEVICES`, such
+            as "h100"; none is measured. None for the device that the model is on.
         kwargs: what to call it with.
 
     Returns:

@@ -27,11 +27,12 @@ _SORT_BYTES = 64
 _GATHERED_SHARE = 0.8
 # Sorting has to win by this much: its kernels are many, and none of them is modelled well.
 _SORTED_MARGIN = 0.9
-_LIMITS = {
+LIMITS = {
     "sm_80": Device("cuda", 8, 108, 166912),
     "sm_90": Device("cuda", 9, 132, 232448),
     "gfx942": Device("hip", 0, 304, 65536),
 }
+"""By Triton's architecture, as a device's figures name it."""
 # Of a device whose kernels no tool here reads, instructions a warp and multiply-add of a tile.
 _UNREAD = 3e-4
 
@@ -65,7 +66,7 @@ class Work(NamedTuple):
 
 def limits_of(device: DeviceFigures) -> Device:
     """Return the limits that tiles are chosen by on a device of the figures."""
-    return _LIMITS[device.target]
+    return LIMITS[device.target]
 
 
 def _time(name: str, work: Work, device: DeviceFigures, dtype: torch.dtype) -> KernelTime:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from pamm_testing.forms import FusedQKV
+from pamm_testing.zoo import WIDTH
 
-from pamm_compile.devices import device_named, exact_seconds, site_seconds
+from pamm_compile import InvalidOptionError, explain
+from pamm_compile.cli import main
+from pamm_compile.devices import DEVICES, device_named, exact_seconds, site_seconds
 from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.methods.pamm.triton import model, plan
 from pamm_compile.size import Size
@@ -54,12 +60,30 @@ def test_narrow_sites_are_slower_than_exact_from_512_generators_on() -> None:
         assert site_seconds(Pamm(ratio=131072 / k), size, H100) > exact
 
 
-@pytest.mark.parametrize("device", ["a100", "h100", "h200", "mi300x"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_every_device_has_a_time(device: str) -> None:
     figures = device_named(device)
     for dtype in (torch.bfloat16, torch.float32):
         size = Size(4096, 512, (512, 128), dtype, "cuda")
         assert 0 < site_seconds(Pamm(ratio=256), size, figures) < 1e-2
+
+
+def test_a_device_is_an_entry_of_two_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    """What docs/extending.md says of adding one: devices.py, and the limits in model.py."""
+    figures = replace(H100, name="Future 100", target="sm_999", launch=1.0)
+    limits = model.LIMITS["sm_90"]._replace(major=99, shared_bytes=512 << 10)
+    tables = (DEVICES, {"f100": figures}), (model.LIMITS, {"sm_999": limits})
+    with mock.patch.dict(*tables[0]), mock.patch.dict(*tables[1]):
+        size = qkv(16384, 2048)
+        assert site_seconds(Pamm(256), size, device_named("F100")) > 3
+        # Launches of a second each, and the exact gradients have three.
+        report = explain(FusedQKV(), torch.randn(4, 128, WIDTH), device="f100")
+        assert [site.time is not None and site.time > 1 for site in report.sites] == [True]
+        with pytest.raises(InvalidOptionError, match="Did you mean 'f100'"):
+            device_named("f1000")
+        with pytest.raises(SystemExit):
+            main(["explain", "--help"])
+    assert "f100" in capsys.readouterr().out
 
 
 def test_splits_leave_few_multiprocessors_without_work() -> None:
