@@ -84,9 +84,12 @@ T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
     "config",
     [
         _small("vit", "ViTForImageClassification", image_size=32, patch_size=8),
-        _small("bert", "BertForSequenceClassification"),
+        pytest.param(_small("bert", "BertForSequenceClassification"), marks=pytest.mark.everything),
         _small("llama", "LlamaForSequenceClassification", problem_type="regression", num_labels=1),
-        _small("roberta", "RobertaForTokenClassification", max_position_embeddings=66),
+        pytest.param(
+            _small("roberta", "RobertaForTokenClassification", max_position_embeddings=66),
+            marks=pytest.mark.everything,
+        ),
         {
             "architectures": ["T5ForConditionalGeneration"],
             "model_type": "t5",

@@ -18,6 +18,12 @@ def test_two_ranks() -> None:
 
 @pytest.mark.slow
 @pytest.mark.everything
+def test_two_ranks_in_further_ways() -> None:
+    launch("ddp_checks:more", ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.everything
 def test_sharded_and_sequence_parallel() -> None:
     """In the same two processes."""
     launch("fsdp_checks:main", "tp_checks:sequence_parallel", ranks=2)
