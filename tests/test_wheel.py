@@ -22,6 +22,8 @@ import importlib, pkgutil, sys
 sys.modules.update(dict.fromkeys("{ABSENT}".split()))
 import pamm_compile
 assert pamm_compile.__file__.startswith(sys.argv[1]), pamm_compile.__file__
+# Who trains does not pay for what is for decoding.
+assert not [name for name in sys.modules if name.startswith("pamm_compile.decoding")]
 # These rooms are for those who have the libraries that they serve; and one runs when imported.
 apart = ("pamm_compile.integrations.", "pamm_compile.decoding", "pamm_compile.__main__")
 for module in pkgutil.walk_packages(pamm_compile.__path__, "pamm_compile."):

@@ -363,5 +363,5 @@ def _calls(layers: int) -> int:
 
 
 def test_the_search_takes_time_linear_in_the_layers() -> None:
-    few, many = _calls(4), _calls(16)
+    few, many = _calls(2), _calls(8)
     assert many < 4.4 * few

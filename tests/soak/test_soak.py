@@ -54,7 +54,7 @@ def test_memory_is_flat_over_two_thousand_steps(tmp_path: Path) -> None:
     "further", [("--no-code",), pytest.param((), marks=pytest.mark.everything, id="code")]
 )
 def test_of_a_compilation_only_its_report_stays(tmp_path: Path, further: tuple[str, ...]) -> None:
-    rounds = _soak(tmp_path, "--steps", "60", "--rounds", "4", "--reset", *further)
+    rounds = _soak(tmp_path, "--steps", "48", "--rounds", "3", "--reset", *further)
     warm = rounds[1:]
     for name in ("GraphModule", "Graph", "JointGraph", "Pipeline", "Site", "RecordedReport"):
         counts = [each["alive"][name] for each in warm]
