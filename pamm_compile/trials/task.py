@@ -26,7 +26,8 @@ MakeOptimizer = Callable[[nn.Module], Optimizer | tuple[Optimizer, LRScheduler]]
 MOST_UNSIZED = 16
 """Batches that are taken of held-out data of no known length, which may have no end."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What may be computed in: bfloat16 by autocast."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def make_task(
     hint = "It is the largest norm of all gradients together; None does not clip."
     if clip is not None and not checks.number("clip", clip, "a number above 0", hint) > 0:
         raise checks.refusal("clip", clip, "a number above 0, or None", hint)
-    checks.choice("dtype", dtype, tuple(_DTYPES))
+    checks.choice("dtype", dtype, tuple(DTYPES))
     functions: dict[str, object] = {"loss": loss, "score": score, "optimizer": optimizer}
     for name, function in functions.items():
         if function is not None and not callable(function):
@@ -188,7 +189,7 @@ def make_task(
         score=score,
         make_optimizer=optimizer or _adamw(rate, steps),
         clip=clip,
-        dtype=_DTYPES[dtype],
+        dtype=DTYPES[dtype],
         seed=seed,
     )
 
