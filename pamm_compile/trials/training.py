@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pamm_compile.errors import MeasurementError, NothingMatchedError
+from pamm_compile.errors import InvalidOptionError, MeasurementError, NothingMatchedError
 from pamm_compile.inspect.compare import synchronize
 from pamm_compile.report import Report, State
 from pamm_compile.torch_backend import Backend
@@ -145,6 +145,11 @@ def _step(run: Run, batch: Any, task: Task) -> None:
     start = time.perf_counter()
     run.optimizer.zero_grad()
     loss = task.loss_of(run.compiled, batch)
+    if not loss.requires_grad:
+        raise InvalidOptionError(
+            "the loss depends on no trainable parameter of the model that loss() is handed. "
+            "Does it call that model, and leave gradients on?"
+        )
     loss.backward()
     if task.clip is not None:
         nn.utils.clip_grad_norm_(run.model.parameters(), task.clip)

@@ -119,6 +119,7 @@ def trial(
     torch.compiler.reset()
     with contextlib.ExitStack() as afterwards:
         afterwards.callback(torch.compiler.reset)
+        afterwards.enter_context(torch.set_grad_enabled(torch.is_grad_enabled()))
         afterwards.enter_context(undisturbed(model))
         # Dynamo keeps compiled code by function, and all arms share theirs.
         afterwards.enter_context(aot.recompile_limit(_CASES * (len(backends) + 1)))
@@ -135,6 +136,8 @@ def trial(
             dtype=dtype,
             seed=seed,
         )
+        # A generator that yields within no_grad() leaves gradients off for whoever reads it.
+        afterwards.enter_context(torch.enable_grad())
         runs = _runs(task, backends, {"mode": mode, "options": options})
         curve = train(runs, task, show)
         arms = tuple(_arm(run, runs[0], task) for run in runs)

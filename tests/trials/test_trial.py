@@ -55,8 +55,10 @@ def arm(**options: Any) -> pamm_compile.Backend:
 
 def batches() -> Iterator[dict[str, Tensor]]:
     """One-shot, without end, and drawn from torch's own generator."""
-    while True:
-        yield {"x": torch.randn(TOKENS, WIDTH)}
+    # What is left off while it waits must not be off for the arms.
+    with torch.no_grad():
+        while True:
+            yield {"x": torch.randn(TOKENS, WIDTH)}
 
 
 @torch.no_grad()
@@ -91,6 +93,7 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "modes": [module.training for module in model.modules()],
         "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "random": torch.get_rng_state(),
+        "gradients on": torch.is_grad_enabled(),
     }
 
 
@@ -198,6 +201,7 @@ def _compiled_inside() -> nn.Module:
         (Model(), [X] * 4, {"backend": {"exact": arm()}}, "names of exact arms"),
         (Model(), [X] * 4, {"backend": {}}, "is not allowed"),
         (Model(), [X] * 4, {"backend": {"a": arm(), "b": arm(base="inductor")}}, "bases"),
+        (Model(), [X] * 4, {"loss": lambda model, batch: batch.sum()}, "no trainable parameter"),
         (Plain(), [X] * 4, {}, "in which there is no scalar loss"),
         (Model(), [X] * 4, {"loss": lambda model, batch: batch}, "loss.model, batch. returned a t"),
     ],
