@@ -27,6 +27,9 @@ from pamm_compile.report import GraphReport, Note, Report, SiteReport, State
 from pamm_compile.sites.reasons import Reason
 from pamm_compile.size import Cost, Size
 from pamm_compile.torch_backend import Backend, backend, by_name
+from pamm_compile.trials.result import Trial, TrialArm
+from pamm_compile.trials.trial import trial
+from pamm_compile.trials.verdict import Verdict, Worth
 
 __all__ = [
     "Arm",
@@ -55,9 +58,13 @@ __all__ = [
     "Size",
     "State",
     "Subspace",
+    "Trial",
+    "TrialArm",
     "UnknownReportError",
     "UnsupportedTorchError",
     "UnsupportedTrainerError",
+    "Verdict",
+    "Worth",
     "__version__",
     "backend",
     "by_name",
@@ -69,4 +76,5 @@ __all__ = [
     "recommend",
     "register_attention",
     "register_method",
+    "trial",
 ]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ from pamm_compile.inspect.explain import explain
 from pamm_compile.inspect.fidelity import fidelity
 from pamm_compile.inspect.recommend import recommend
 from pamm_compile.integrations.configurations import Asked, from_config
+from pamm_compile.options import Goal
 from pamm_compile.private import memory
 from pamm_compile.torch_backend import Backend, backend
+from pamm_compile.trials.task import DTYPES
+from pamm_compile.trials.trial import trial
 
+_OF_TRIAL = ("model", "batches", "loss", "held_out", "score", "optimizer", "clip")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -116,6 +120,56 @@ def _compare(chosen: argparse.Namespace) -> str:
     return comparison.to_json() if chosen.json else comparison.text()
 
 
+def _trial(chosen: argparse.Namespace) -> str:
+    if not chosen.subject:
+        raise InvalidOptionError(
+            "a model is needed: MODULE:FUNCTION, which returns a model and its batches."
+        )
+    try:
+        # Before minutes of training rather than after.
+        Path(chosen.out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidOptionError(f"--out={chosen.out!r} cannot be written: {error}.") from error
+    torch.manual_seed(chosen.seed)
+    given = _arguments_of_trial(chosen.subject, _made_by(chosen.subject))
+    # What was left out stays as the package recommends it.
+    asked = {"goal": chosen.goal, "min_tokens": chosen.min_tokens}
+    common = {name: value for name, value in asked.items() if value is not None}
+    arms = {f"ratio {ratio:g}": backend(ratio, **common) for ratio in chosen.ratio}
+    arms |= {rules: backend(rules=rules, **common) for rules in chosen.rules}
+    found = trial(
+        **given,
+        backend=arms or backend(**common),
+        steps=chosen.steps,
+        lr=chosen.lr,
+        dtype=chosen.dtype,
+        seed=chosen.seed,
+    )
+    wrote = found.save(chosen.out)
+    return found.to_json() if chosen.json else "\n".join([found.text(), "", *wrote])
+
+
+def _arguments_of_trial(name: str, made: object) -> dict[str, Any]:
+    """Return what a user's function returned, as keyword arguments of `trial`."""
+    match made:
+        case (nn.Module(), _):
+            return dict(zip(_OF_TRIAL, made, strict=False))
+        case Mapping():
+            for key in made:
+                if key not in _OF_TRIAL:
+                    raise checks.unknown_option(key, _OF_TRIAL)
+            if "model" in made and "batches" in made:
+                return dict(made)
+            had = f"a mapping of {checks.shown(list(made))}"
+        case _:
+            had = type(made).__name__
+    raise InvalidOptionError(
+        f"{name} returned {had}: it must return a model and its batches, or a mapping of these, "
+        f"under the names {', '.join(_OF_TRIAL)}, of which the first two are needed. "
+        "help(pamm_compile.trial) explains them."
+    )
+
+
 def _backend(chosen: argparse.Namespace) -> Backend:
     return backend(rules=chosen.rules, goal=chosen.goal, min_tokens=chosen.min_tokens)
 
@@ -134,16 +188,7 @@ def _subject(chosen: argparse.Namespace) -> Subject:
 
 
 def _from_function(name: str) -> Subject:
-    module, _, function = name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), function)):
-        raise InvalidOptionError(f"{checks.shown(name)} is not allowed: write MODULE:FUNCTION.")
-    # As `python -m` does: what lies in the current folder can be named.
-    sys.path.insert(0, "")
-    try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InvalidOptionError(f"{name!r} cannot be imported: {error}.") from error
-    made = make()
+    made = _made_by(name)
     match made:
         case (nn.Module() as model, Mapping() as batch):
             return Subject(model.train(), dict(batch))
@@ -153,12 +198,29 @@ def _from_function(name: str) -> Subject:
     )
 
 
+def _made_by(name: str) -> Any:
+    """Return what a function returns that is named as MODULE:FUNCTION."""
+    module, _, function = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise InvalidOptionError(f"{checks.shown(name)} is not allowed: write MODULE:FUNCTION.")
+    # As `python -m` does: what lies in the current folder can be named.
+    sys.path.insert(0, "")
+    try:
+        make = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InvalidOptionError(f"{name!r} cannot be imported: {error}.") from error
+    return make()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pamm-compile", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in _COMMANDS:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(run=run)
+        if name == "trial":
+            _add_trial(command)
+            continue
         _add_common(command)
         if name == "explain":
             text = f"show the times that a model of it gives: {', '.join(DEVICES)}"
@@ -193,6 +255,24 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON in place of a table")
 
 
+def _add_trial(command: argparse.ArgumentParser) -> None:
+    text = "returns a model and its batches, or these and more by name"
+    command.add_argument("subject", nargs="?", metavar="MODULE:FUNCTION", help=text)
+    command.add_argument("--steps", type=int, default=100, help="of every arm")
+    text = "of a further arm each; without any, and without --ratio, pamm_compile.backend()"
+    command.add_argument("--rules", nargs="*", default=[], help=text)
+    text = "of PAMM, of a further arm each"
+    command.add_argument("--ratio", type=float, nargs="*", default=[], help=text)
+    command.add_argument("--goal", choices=get_args(Goal))
+    command.add_argument("--min-tokens", type=int)
+    command.add_argument("--lr", type=float, default=5e-4, help="of AdamW, at its highest")
+    command.add_argument("--dtype", default="float32", choices=DTYPES, help="bfloat16: autocast")
+    command.add_argument("--seed", type=int, default=0, help="of what the function draws, too")
+    text = "where the record and the picture go, without .json and .png"
+    command.add_argument("--out", default="runs/trial", metavar="STEM", help=text)
+    command.add_argument("--json", action="store_true", help="print JSON in place of a table")
+
+
 Run = Callable[[argparse.Namespace], str]
 
 _COMMANDS: tuple[tuple[str, Run, str], ...] = (
@@ -200,4 +280,5 @@ _COMMANDS: tuple[tuple[str, Run, str], ...] = (
     ("fidelity", _fidelity, "Measure how close the weight gradients are, on a batch."),
     ("recommend", _recommend, "Choose the cheapest method of every target by its error."),
     ("compare", _compare, "Measure a step five ways: eager, compiled, and compressed."),
+    ("trial", _trial, "Train exactly and compressed, side by side: is it worth it?"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from pamm_testing.forms import FusedQKV
 from pamm_testing.zoo import BATCH, LENGTH, WIDTH
 from torch import Tensor, nn
 
+import pamm_compile
 from pamm_compile.cli import main
 
 CONFIG = {
@@ -25,6 +27,21 @@ def subject() -> tuple[nn.Module, dict[str, Tensor]]:
 
 def nothing() -> int:
     return 3
+
+
+def _loss(model: nn.Module, batch: Tensor) -> Tensor:
+    loss: Tensor = model(batch).square().mean()
+    return loss
+
+
+def to_train() -> dict[str, object]:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    batches = (torch.randn(64, 16) for _ in range(4))
+    return {"model": model, "batches": batches, "loss": _loss, "clip": None}
+
+
+def misspelt() -> dict[str, object]:
+    return to_train() | {"scores": 3}
 
 
 @pytest.fixture
@@ -108,6 +125,47 @@ def test_a_batch_is_made_for_the_head(
     assert "compressed" in capsys.readouterr().out
     options = ("--rules", "linear=pamm:4", "--draws", "1", "--dtype", "float32", "--batch", "2")
     assert main(["fidelity", "--config", str(tmp_path), *options]) == 0
+
+
+def test_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    eagerly = functools.partial(pamm_compile.backend, base="aot_eager")
+    monkeypatch.setattr("pamm_compile.cli.backend", eagerly)
+    arms = ("--rules", "linear=subspace:4", "linear=pamm:4", "--goal", "any", "--min-tokens", "1")
+    options = ("--steps", "4", "--lr", "0.01", "--out", str(tmp_path / "new" / "trial"))
+    assert main(["trial", f"{__name__}:to_train", *arms, *options]) == 0
+    captured = capsys.readouterr()
+    record = json.loads((tmp_path / "new" / "trial.json").read_text())
+    names = ["exact", "exact, other order", "linear=subspace:4", "linear=pamm:4"]
+    assert [arm["name"] for arm in record["arms"]] == names
+    assert record["options"]["lr"] == 0.01
+    for name in names[2:]:
+        assert f"{name}: its loss is" in captured.out
+    assert "4 of 4 steps" in captured.err
+    assert f"wrote {tmp_path / 'new' / 'trial.png'}" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "a model is needed"),
+        ([f"{__name__}:nothing"], "returned int: it must return a model and its batches"),
+        ([f"{__name__}:subject"], "batches is a mapping of ['x']"),
+        ([f"{__name__}:misspelt"], "'scores' is not an option. Did you mean 'score'"),
+        ([f"{__name__}:to_train", "--steps", "5"], "batches ended after 4"),
+        ([f"{__name__}:to_train", "--min-tokens", "0"], "min_tokens=0 is not allowed"),
+        ([f"{__name__}:to_train", "--ratio", "0.5"], "ratio=0.5 is not allowed"),
+        ([f"{__name__}:to_train", "--out", "/dev/null/trial"], "cannot be written"),
+    ],
+)
+def test_trials_that_are_refused(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["trial", "--steps", "4", "--out", str(tmp_path / "trial"), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
 
 
 LLAMA = _small("llama", "LlamaForCausalLM")

@@ -18,6 +18,7 @@ ROOMS = (
     ("__main__",),
     ("cli",),
     ("__init__", "integrations"),
+    ("trials",),
     ("inspect",),
     ("torch_backend",),
     ("recorded", "environment"),

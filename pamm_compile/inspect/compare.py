@@ -224,15 +224,16 @@ def _times(runs: Mapping[str, Callable[[], Tensor]], steps: int) -> dict[str, li
         # Whoever comes after eager finds other caches than whoever comes before it.
         first = step % len(names)
         for name in names[first:] + names[:first]:
-            _synchronize()
+            synchronize()
             start = time.perf_counter()
             differentiate(runs[name]())
-            _synchronize()
+            synchronize()
             times[name].append(time.perf_counter() - start)
     return times
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for what was launched on an accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import os
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,9 @@ from pamm_compile.private import memory
 
 PEAK_ACCELERATOR = "allocator of the accelerator: max_memory_allocated"
 PEAK_CPU = "torch's CPU allocator: memory events of torch.profiler"
+
+
+_KINETO_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -245,10 +249,25 @@ def _peak(fn: Callable[[], Any]) -> tuple[int, str]:
 
 
 @contextlib.contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keep Kineto's messages on starting and stopping off the terminal, if the user set nothing."""
+    is_set = _KINETO_LEVEL in os.environ
+    os.environ.setdefault(_KINETO_LEVEL, "99")
+    try:
+        yield
+    finally:
+        if not is_set:
+            del os.environ[_KINETO_LEVEL]
+
+
+@contextlib.contextmanager
 def _cpu_memory_events() -> Iterator[list[int]]:
     """Yield a list that, once the context is left, holds the bytes of every (de)allocation."""
     sizes: list[int] = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        _quiet_profiler(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
         yield sizes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

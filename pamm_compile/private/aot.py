@@ -38,6 +38,8 @@ Of most of these Dynamo thinks that they are about the user's function, which it
 """
 
 _InstructionTranslator: Any = resolve("torch._dynamo.symbolic_convert:InstructionTranslator")
+_dynamo_config: Any = resolve("torch._dynamo:config")
+resolve("torch._dynamo.config:recompile_limit")
 _OptimizedModule: Any = resolve("torch._dynamo.eval_frame:OptimizedModule")
 _EVAL_FRAME: str = _OptimizedModule.__init__.__code__.co_filename
 _Module: Any = resolve("torch.nn.modules.module:Module")
@@ -159,6 +161,12 @@ def compiled_module(module: torch.nn.Module) -> torch.nn.Module | None:
         original: torch.nn.Module = module._orig_mod
         return original
     return module if module._compiled_call_impl is not None else None
+
+
+def recompile_limit(limit: int) -> AbstractContextManager[None]:
+    """Return a context in which Dynamo keeps code of one function for this many cases."""
+    context: AbstractContextManager[None] = _dynamo_config.patch(recompile_limit=limit)
+    return context
 
 
 def backend_in_use() -> object:

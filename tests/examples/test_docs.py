@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def test_rooms_exist(page: Path) -> None:
     rooms = "graph|sites|methods|private|inspect|integrations|decoding"
     for name in re.findall(rf"`((?:{rooms})/[\w/]*(?:\.py)?)`", page.read_text()):
         assert (CHECKOUT / "pamm_compile" / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    page = (CHECKOUT / "docs" / "changelog.md").read_text()
+    assert re.findall(r"^## (\S+)", page, re.M)[0] == pamm_compile.__version__
+
+
+def test_the_workflow_runs_scripts_that_exist() -> None:
+    workflow = (CHECKOUT / ".github" / "workflows" / "tests.yml").read_text()
+    named = re.findall(r"run: (\S+)$", workflow, re.M)
+    assert named == [".ci/run", ".ci/nightly"]
+    for name in named:
+        assert os.access(CHECKOUT / name, os.X_OK), name
 
 
 def test_every_reason_is_explained() -> None:

@@ -46,14 +46,15 @@ def test_every_example_reads_alone(path: Path) -> None:
 @pytest.mark.usefixtures("no_code")
 def test_train(run_here: Run, tmp_path: Path) -> None:
     printed = run_here(
-        "train.py", *TINY, "--pretrain", 8, "--steps", 4, "--ratio", 64,
+        "train.py", *TINY, "--pretrain", 8, "--steps", 4, "--ratio",
         "--rules", "linear=pamm:32", "--out", tmp_path,
     )  # fmt: skip
     record = json.loads((tmp_path / "train-seed0.json").read_text())
     assert_finite(record)
-    exact, *others = record["runs"]
-    assert exact["name"] == "exact"
-    for each in record["runs"]:
+    exact, control, *others = record["runs"]
+    assert (exact["name"], control["name"]) == ("exact", "exact, other order")
+    assert [each["name"] for each in others] == ["linear=pamm:32"]
+    for each in (exact, *others):
         assert len(each["losses"]) == len(each["times_s"]) == 4
         # The same weights, which were trained, and the forward pass is nobody's to change.
         assert each["losses"][0] == pytest.approx(exact["losses"][0], abs=1e-5)
@@ -68,14 +69,20 @@ def test_train(run_here: Run, tmp_path: Path) -> None:
     assert (tmp_path / "train-seed0.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_arms_of_train() -> None:
+    example = runpy.run_path(str(EXAMPLES / "train.py"))
+    arms = example["arms"](example["parse"](["--ratio", "64", "512"]))
+    assert list(arms) == ["PAMM 64 on Q, K, V", "PAMM 512 on Q, K, V", "whole model"]
+
+
 @pytest.mark.usefixtures("no_code")
 def test_train_tunes_adapters(run_here: Run, tmp_path: Path) -> None:
     pytest.importorskip("peft", reason="of the extra [trainers]")
     printed = run_here(
-        "train.py", *TINY, "--pretrain", 0, "--steps", 3, "--lora", 4, "--ratio",
+        "train.py", *TINY, "--pretrain", 0, "--steps", 4, "--lora", 4, "--ratio",
         "--rules", "linear=subspace:4", "--out", tmp_path,
     )  # fmt: skip
-    exact, ours = json.loads((tmp_path / "train-seed0.json").read_text())["runs"]
+    exact, _, ours = json.loads((tmp_path / "train-seed0.json").read_text())["runs"]
     assert ours["losses"][0] == pytest.approx(exact["losses"][0], abs=1e-5)
     # B starts at zero: A has its first gradient in the second step.
     assert ours["losses"] != exact["losses"]
