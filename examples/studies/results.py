@@ -78,19 +78,6 @@ def _twins() -> list[str]:
     return tables.markdown(["at the same setting", "saved", "peak", "time (quartiles)"], rows)
 
 
-def _twins_in_short() -> list[str]:
-    """Return the models' ratios by setting, in the order of the record."""
-    by_setting: dict[str, list[_Twins]] = {}
-    for pair in _pairs():
-        by_setting.setdefault(pair.theirs, []).append(pair)
-    rows = []
-    for setting, pairs in by_setting.items():
-        times = ", ".join(f"{pair.time.median:.3f}" for pair in pairs)
-        saved, peaks = (", ".join(getattr(p, what) for p in pairs) for what in ("saved", "peak"))
-        rows.append([setting, saved, peaks, times])
-    return tables.markdown(["setting", "saved", "peak", "time"], rows)
-
-
 def _first_screen() -> list[str]:
     arms = _record("whole-350m/benchmark.json")["models"]["llama-350m"]["arms"]
     rows = [
@@ -202,8 +189,24 @@ def _only(lines: list[str], names: Sequence[str]) -> list[str]:
     return lines[: rule + 1] + [rows[name] for name in names]
 
 
+def _arms_shown() -> list[str]:
+    """Return saved bytes of PAMM, the whole model and exact settings, in one table."""
+    pamm, whole = (_record(f"partitions{which}.json")["models"] for which in ("", "-whole"))
+    models = {
+        name: {"arms": pamm[name]["arms"] | whole[name]["arms"]}
+        for name in ("llama-60m", "llama-1b")
+    }
+    return _only(partitions.arms_table(models), SHOWN_ARMS)
+
+
 def _losses(name: str) -> list[str]:
     return _as_written_today(quality.table(tables.records(RECORDS / name)).splitlines())
+
+
+def _gaps(name: str, methods: Sequence[str]) -> list[str]:
+    """Return bytes and gaps of some methods, without losses, means and setting."""
+    lines = _only(_losses(name)[2:], methods)
+    return ["|" + "|".join(line.split("|")[n] for n in (1, 2, 4)) + "|" for line in lines]
 
 
 def _as_written_today(lines: list[str]) -> list[str]:
@@ -251,26 +254,41 @@ H100 = device_named("h100")
 SHOWN_ARMS = (
     "compile",
     "PAMM",
+    "whole model",
     "compile + budget 0.99",
-    "PAMM + budget 0.99",
+    "whole model + budget 0.99",
     "compile + budget 0.5",
-    "PAMM + budget 0.5",
+    "whole model + budget 0.5",
     "compile + checkpointing",
 )
-SHOWN_METHODS = (
-    "generators:2",
+SHOWN_STEPS = (
+    *(
+        f"LLaMA-350M: {arm}"
+        for arm in (
+            "compile",
+            "PAMM",
+            "whole model",
+            "whole model, rank 1/16",
+            "compile + budget 0.99",
+            "whole model, rank 1/16 + budget 0.99",
+            "compile + checkpointing",
+        )
+    ),
+    *(f"LLaMA-60M: {arm}" for arm in ("whole model", "whole model, rank 1/16")),
+)
+SHOWN_METHODS = tuple(f"generators:{k}" for k in (2, 8, 16, 32))
+SHOWN_WHOLE = (
     "generators:16",
-    "generators:32",
-    "generators:32 on mlp",
-    "generators:32 on qkv+mlp",
-    "generators:fill=13.5",
-    "directions:fill=13.5",
-    "sketch:fill=13.5",
+    "generators:fill=20 on linear",
+    "generators:fill=35 on linear",
+    "subspace:34 on linear",
+    "subspace:61 on linear",
 )
 TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
+    "steps-whole-shown": lambda: _only(_whole("whole-350m", "whole-60m"), SHOWN_STEPS),
     "steps-bf16": lambda: _whole("whole-60m-bf16"),
     "compile-models": lambda: tables.markdown(
         compile_time.MODEL_HEAD, compile_time.model_rows(_record("compile_time.json"))
@@ -279,26 +297,18 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         compile_time.LAYER_HEAD, compile_time.layer_rows(_record("compile_time.json"))
     ),
     "steps-twins": _twins,
-    "steps-twins-shown": _twins_in_short,
     "bytes-qkv": lambda: partitions.qkv_table(_record("partitions.json")["models"]),
     "bytes-arms": lambda: partitions.arms_table(_record("partitions.json")["models"]),
-    "bytes-arms-shown": lambda: _only(
-        partitions.arms_table(
-            {n: m for n, m in _record("partitions.json")["models"].items() if n != "llama-350m"}
-        ),
-        SHOWN_ARMS,
-    ),
+    "bytes-shown": _arms_shown,
     "bytes-whole": lambda: partitions.arms_table(_record("partitions-whole.json")["models"]),
     "bytes-quantized": lambda: partitions.arms_table(
         _record("partitions-quantized.json")["models"]
     ),
-    "bytes-whole-shown": lambda: partitions.arms_table(
-        {n: m for n, m in _record("partitions-whole.json")["models"].items() if n != "llama-350m"}
-    ),
     "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
-    "loss-tuning-shown": lambda: _only(TABLES["loss-tuning"](), SHOWN_METHODS),
+    "loss-tuning-shown": lambda: _gaps("quality-tuning.jsonl", SHOWN_METHODS),
     "loss-whole": lambda: _losses("quality-whole.jsonl"),
+    "loss-whole-shown": lambda: _gaps("quality-whole.jsonl", SHOWN_WHOLE),
     "loss-adapters": _adapters,
     **{
         f"random-{name}": functools.partial(scratch.study, RECORDS, rows)
