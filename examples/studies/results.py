@@ -10,7 +10,7 @@ A page holds a table between two comments, and what is between them is this scri
 
 To publish a figure: put the raw record that its script wrote into docs/benchmarks/, name its table
 in TABLES, write the two comments where it belongs, and run this. Pages show what decides something;
-whole tables are in docs/benchmarks/tables.md.
+all others are in docs/benchmarks/tables.md.
 """
 
 from __future__ import annotations
@@ -368,7 +368,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 def pages() -> list[Path]:
     """Return the pages that may hold tables."""
     docs = CHECKOUT / "docs"
-    return [CHECKOUT / "README.md", *sorted(docs.glob("*.md")), docs / "benchmarks" / "tables.md"]
+    return [CHECKOUT / "README.md", *sorted(docs.glob("*.md")), *sorted(RECORDS.glob("*.md"))]
 
 
 def written(text: str, page: str) -> str:
