@@ -271,24 +271,21 @@ SHOWN_ARMS = (
     "whole model + budget 0.5",
     "compile + checkpointing",
 )
-SHOWN_STEPS = (
-    *(
-        f"LLaMA-350M: {arm}"
-        for arm in (
-            "compile",
-            "PAMM",
-            "whole model",
-            "whole model, rank 1/16",
-            "compile + budget 0.99",
-            "whole model, rank 1/16 + budget 0.99",
-            "compile + checkpointing",
-        )
-    ),
-    *(f"LLaMA-60M: {arm}" for arm in ("whole model", "whole model, rank 1/16")),
+SHOWN_STEPS = tuple(
+    f"LLaMA-{arm}"
+    for arm in (
+        "350M: PAMM",
+        "350M: whole model",
+        "350M: whole model, rank 1/16",
+        "350M: compile + budget 0.99",
+        "350M: whole model, rank 1/16 + budget 0.99",
+        "350M: compile + checkpointing",
+        "60M: whole model",
+        "60M: whole model, rank 1/16",
+    )
 )
-SHOWN_METHODS = tuple(f"generators:{k}" for k in (2, 8, 16, 32))
+SHOWN_METHODS = tuple(f"generators:{k}" for k in (2, 16, 32))
 SHOWN_WHOLE = (
-    "generators:16",
     "generators:fill=20 on linear",
     "generators:fill=35 on linear",
     "subspace:34 on linear",
