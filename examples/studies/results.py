@@ -275,14 +275,12 @@ SHOWN_STEPS = tuple(
         "350M: whole model",
         "350M: whole model, rank 1/16",
         "350M: compile + budget 0.99",
-        "350M: whole model, rank 1/16 + budget 0.99",
         "350M: compile + checkpointing",
         "60M: whole model",
-        "60M: whole model, rank 1/16",
     )
 )
-SHOWN_METHODS = tuple(f"generators:{k}" for k in (2, 16, 32))
 SHOWN_WHOLE = (
+    "generators:16",
     "generators:fill=20 on linear",
     "generators:fill=35 on linear",
     "subspace:34 on linear",
@@ -315,7 +313,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     ),
     "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
-    "loss-tuning-shown": lambda: _gaps("quality-tuning.jsonl", SHOWN_METHODS),
     "loss-whole": lambda: _losses("quality-whole.jsonl"),
     "loss-whole-shown": lambda: _gaps("quality-whole.jsonl", SHOWN_WHOLE),
     "loss-adapters": _adapters,
