@@ -1,4 +1,4 @@
-"""A torch.compile backend that compresses the saved inputs of attention projections (PAMM)."""
+"""A torch.compile backend that compresses the inputs that linear layers save for backward."""
 
 from pamm_compile._version import __version__
 from pamm_compile.errors import (

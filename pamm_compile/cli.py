@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: as on the command line, without the program's name; None reads them there.
 
     Returns:
-        The exit status: 0, or 2 where what was asked for is not allowed.
+        The exit status: 0, or 2 if an argument is not allowed.
     """
     parser = _parser()
     chosen = parser.parse_args(arguments)

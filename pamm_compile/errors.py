@@ -12,11 +12,11 @@ class InvalidOptionError(PammError, ValueError):
 
 
 class NothingMatchedError(PammError, RuntimeError):
-    """`strict=True`, and a training graph was compiled without a single compressed site."""
+    """`strict=True`, and a training graph has no compressed site."""
 
 
 class UnknownReportError(PammError, RuntimeError):
-    """`strict=True`, and a cache returned a graph of which nothing is known."""
+    """`strict=True`, and a cache returned a graph without its report."""
 
 
 class UnsupportedTorchError(PammError, ImportError):
@@ -24,15 +24,15 @@ class UnsupportedTorchError(PammError, ImportError):
 
 
 class MeasurementError(PammError, RuntimeError):
-    """What was to be measured did not happen, or cannot be measured as asked."""
+    """Nothing was found to measure, or it cannot be measured in this way."""
 
 
 class MethodError(PammError, RuntimeError):
-    """A method failed, wrote to what it was given, or returned something that it may not."""
+    """A method failed, wrote to its arguments, or returned something that is not allowed."""
 
 
 class UnsupportedTrainerError(PammError, RuntimeError):
-    """A trainer is set up in a way that compiled code cannot be used in."""
+    """A trainer is set up in a way that does not work with compiled code."""
 
 
 class UnsupportedModelError(PammError, TypeError):

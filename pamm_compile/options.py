@@ -17,7 +17,7 @@ Goal = Literal["memory", "speed", "any"]
 
 _SEED_LIMIT = 2**31
 
-# What together makes the one rule of backend(ratio=…); their defaults are the methods' own.
+# Options that make the one rule of backend(ratio=…). Their defaults are those of Pamm.
 _ORDER = ("ratio", "epsilon", "sampling", "min_generators", "targets")
 ONE_RULE = frozenset(_ORDER)
 
@@ -87,8 +87,8 @@ class Options:
             The validated options.
 
         Raises:
-            InvalidOptionError: an unknown name, a value that is not allowed, or `rules` beside what
-                makes a rule.
+            InvalidOptionError: an unknown name, a value that is not allowed, or `rules` together
+                with `ratio` or another option of one rule.
         """
         allowed = cls.names()
         for name in given:

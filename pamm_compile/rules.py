@@ -3,7 +3,7 @@
     {"qkv": Pamm(ratio=256), "mlp": Pamm(ratio=64)}
     "qkv=pamm:256, mlp=pamm:64:min_generators=32, /lm_head/=exact"
 
-The first rule whose target holds a projection decides about it.
+For each projection, the first rule whose target holds it decides.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make_rules(given: object) -> Rules:
         The rules in order.
 
     Raises:
-        InvalidOptionError: naming the part that is wrong.
+        InvalidOptionError: a part is wrong; the message names it.
     """
     if isinstance(given, str):
         return parse_rules(given)
@@ -119,7 +119,7 @@ def parse_rules(text: str) -> Rules:
         The rules in order.
 
     Raises:
-        InvalidOptionError: pointing at the part that is wrong.
+        InvalidOptionError: a part is wrong; the message points at it.
     """
     rules = []
     for start, part in _parts(text):

@@ -43,15 +43,16 @@ TARGETS = {
         frozenset({Use.FEEDS_ATTENTION}),
     ),
     "attention": Target(
-        "these, the output projection, and a gate multiplied to attention's output",
+        "those of `qkv`, the output projection, and a gate on attention's output",
         frozenset({Use.FEEDS_ATTENTION, Use.READS_ATTENTION}),
     ),
     "mlp": Target(
-        "what writes to the residual stream, by itself or through other projections; experts too",
+        "projections that write to the residual stream, directly or through others; experts too",
         frozenset({Use.WRITES_STREAM}),
     ),
     "head": Target(
-        "what leaves the graph, behind a residual stream", frozenset({Use.MAKES_OUTPUT})
+        "projections behind a residual stream whose output leaves the graph",
+        frozenset({Use.MAKES_OUTPUT}),
     ),
     "linear": Target("every matmul of an activation with a parameter", None),
 }

@@ -10,7 +10,7 @@ A page holds a table between two comments, and what is between them is this scri
 
 To publish a figure: put the raw record that its script wrote into docs/benchmarks/, name its table
 in TABLES, write the two comments where it belongs, and run this. Pages show what decides something;
-whole tables are in docs/benchmarks/tables.md.
+all others are in docs/benchmarks/tables.md.
 """
 
 from __future__ import annotations
@@ -76,19 +76,6 @@ def _twins() -> list[str]:
         for p in _pairs()
     ]
     return tables.markdown(["at the same setting", "saved", "peak", "time (quartiles)"], rows)
-
-
-def _twins_in_short() -> list[str]:
-    """Return the models' ratios by setting, in the order of the record."""
-    by_setting: dict[str, list[_Twins]] = {}
-    for pair in _pairs():
-        by_setting.setdefault(pair.theirs, []).append(pair)
-    rows = []
-    for setting, pairs in by_setting.items():
-        times = ", ".join(f"{pair.time.median:.3f}" for pair in pairs)
-        saved, peaks = (", ".join(getattr(p, what) for p in pairs) for what in ("saved", "peak"))
-        rows.append([setting, saved, peaks, times])
-    return tables.markdown(["setting", "saved", "peak", "time"], rows)
 
 
 def _first_screen() -> list[str]:
@@ -202,8 +189,31 @@ def _only(lines: list[str], names: Sequence[str]) -> list[str]:
     return lines[: rule + 1] + [rows[name] for name in names]
 
 
+def _arms_shown() -> list[str]:
+    """Return saved bytes of PAMM, the whole model and exact settings, in one table."""
+    name = "llama-1b"
+    arms = [_record(f"partitions{which}.json")["models"][name]["arms"] for which in ("", "-whole")]
+    return _only(partitions.arms_table({name: {"arms": arms[0] | arms[1]}}), SHOWN_ARMS)
+
+
 def _losses(name: str) -> list[str]:
     return _as_written_today(quality.table(tables.records(RECORDS / name)).splitlines())
+
+
+def _race_shown() -> list[str]:
+    """Return some races under names that need no other row: steps by seed, and the mean time."""
+    rows = {line.split("|")[3].strip(): line for line in scratch.races(RECORDS)}
+    cells = [
+        [name, *(rows[label].split("|")[n].strip() for n in (1, 6, 9))]
+        for label, name in SHOWN_RACES.items()
+    ]
+    return tables.markdown(["method", "width", "steps", "time"], cells)
+
+
+def _gaps(name: str, methods: Sequence[str]) -> list[str]:
+    """Return bytes and gaps of some methods, without losses, means and setting."""
+    lines = _only(_losses(name)[2:], methods)
+    return ["|" + "|".join(line.split("|")[n] for n in (1, 2, 4)) + "|" for line in lines]
 
 
 def _as_written_today(lines: list[str]) -> list[str]:
@@ -251,26 +261,41 @@ H100 = device_named("h100")
 SHOWN_ARMS = (
     "compile",
     "PAMM",
+    "whole model",
     "compile + budget 0.99",
-    "PAMM + budget 0.99",
+    "whole model + budget 0.99",
     "compile + budget 0.5",
-    "PAMM + budget 0.5",
+    "whole model + budget 0.5",
     "compile + checkpointing",
 )
-SHOWN_METHODS = (
-    "generators:2",
-    "generators:16",
-    "generators:32",
-    "generators:32 on mlp",
-    "generators:32 on qkv+mlp",
-    "generators:fill=13.5",
-    "directions:fill=13.5",
-    "sketch:fill=13.5",
+SHOWN_STEPS = tuple(
+    f"LLaMA-{arm}"
+    for arm in (
+        "350M: PAMM",
+        "350M: whole model",
+        "350M: whole model, rank 1/16",
+        "350M: compile + budget 0.99",
+        "350M: compile + checkpointing",
+        "60M: whole model",
+    )
 )
+SHOWN_WHOLE = (
+    "generators:16",
+    "generators:fill=20 on linear",
+    "generators:fill=35 on linear",
+    "subspace:34 on linear",
+    "subspace:61 on linear",
+)
+SHOWN_RACES = {
+    "the same, found on half as many rows": "Subspace, r = 64, 96 at down, `candidates=1.5:rows=8`",
+    "r = 32, and 96 at down": "Subspace, r = 32, 96 at down",
+    "PAMM on Q, K and V, the paper's": "PAMM on Q, K and V, ratio 256",
+}
 TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
+    "steps-whole-shown": lambda: _only(_whole("whole-350m", "whole-60m"), SHOWN_STEPS),
     "steps-bf16": lambda: _whole("whole-60m-bf16"),
     "compile-models": lambda: tables.markdown(
         compile_time.MODEL_HEAD, compile_time.model_rows(_record("compile_time.json"))
@@ -279,31 +304,23 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         compile_time.LAYER_HEAD, compile_time.layer_rows(_record("compile_time.json"))
     ),
     "steps-twins": _twins,
-    "steps-twins-shown": _twins_in_short,
     "bytes-qkv": lambda: partitions.qkv_table(_record("partitions.json")["models"]),
     "bytes-arms": lambda: partitions.arms_table(_record("partitions.json")["models"]),
-    "bytes-arms-shown": lambda: _only(
-        partitions.arms_table(
-            {n: m for n, m in _record("partitions.json")["models"].items() if n != "llama-350m"}
-        ),
-        SHOWN_ARMS,
-    ),
+    "bytes-shown": _arms_shown,
     "bytes-whole": lambda: partitions.arms_table(_record("partitions-whole.json")["models"]),
     "bytes-quantized": lambda: partitions.arms_table(
         _record("partitions-quantized.json")["models"]
     ),
-    "bytes-whole-shown": lambda: partitions.arms_table(
-        {n: m for n, m in _record("partitions-whole.json")["models"].items() if n != "llama-350m"}
-    ),
     "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
-    "loss-tuning-shown": lambda: _only(TABLES["loss-tuning"](), SHOWN_METHODS),
     "loss-whole": lambda: _losses("quality-whole.jsonl"),
+    "loss-whole-shown": lambda: _gaps("quality-whole.jsonl", SHOWN_WHOLE),
     "loss-adapters": _adapters,
     **{
         f"random-{name}": functools.partial(scratch.study, RECORDS, rows)
         for name, rows in scratch.TABLES.items()
     },
+    "random-race-shown": _race_shown,
     "random-race": functools.partial(scratch.races, RECORDS),
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),
@@ -316,11 +333,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "device-kernels": lambda: device_model.kernels_table(H100),
     "device-sites": lambda: device_model.sites_table(H100, device_model.METHODS),
     "device-steps": lambda: device_model.steps_table(H100, device_model.METHODS),
-    "device-steps-shown": lambda: [
-        line
-        for line in device_model.steps_table(H100, device_model.METHODS)
-        if "| q, k, v |" not in line
-    ],
     "gradients-512": lambda: _as_written_today(
         fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
     ),
@@ -342,7 +354,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
 def pages() -> list[Path]:
     """Return the pages that may hold tables."""
     docs = CHECKOUT / "docs"
-    return [CHECKOUT / "README.md", *sorted(docs.glob("*.md")), docs / "benchmarks" / "tables.md"]
+    return [CHECKOUT / "README.md", *sorted(docs.glob("*.md")), *sorted(RECORDS.glob("*.md"))]
 
 
 def written(text: str, page: str) -> str:

@@ -1,4 +1,4 @@
-"""What a model that is looked at is called with."""
+"""Check the arguments that a model is called with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Set PAMM beside what torch.compile already does, on one model: the five arms."""
+"""Compare PAMM with eager and with torch.compile on one model, in five arms."""
 
 from __future__ import annotations
 
@@ -125,9 +125,9 @@ def compare_memory(
         compiled = torch.compile(model, backend=…)
 
     under `torch._functorch.config.activation_memory_budget`, with which torch.compile itself
-    recomputes what is cheap. Everything is put back that this changes in the model; hooks of
-    modules and of the batch run at every step, those on gradients of parameters do not. All code
-    that torch.compile made before in this process is forgotten.
+    recomputes what is cheap. Everything that this changes in the model is restored. Hooks of
+    modules and of the batch run at every step, hooks on gradients of parameters do not. All code
+    that torch.compile made before in this process is dropped.
 
     Args:
         model: in the mode it is to be measured in.
@@ -135,7 +135,7 @@ def compare_memory(
             `lambda model: model(**batch).loss`; returns a scalar.
         backend: for the PAMM arms.
         budget: fraction of activation memory, from 0 to 1.
-        steps: how often to time forward and backward of every arm, in turn; 0 does not.
+        steps: how often to time forward and backward of every arm, in turn; 0 times nothing.
         mode: as torch.compile's, for all compiled arms.
         options: Inductor settings, as torch.compile's, for all compiled arms.
         progress: called with the name of each arm before it is compiled.

@@ -35,9 +35,9 @@ def explain(
     """Show what would be compressed in a model, without changing or compiling it.
 
     Equivalent to compiling the model, calling it once and printing the backend's `report`, except
-    that nothing is rewritten, operators run eagerly, and everything is put back that the
-    call changes; hooks of modules run once. Like `torch._dynamo.explain` it resets Dynamo, so what
-    is compiled already compiles again at its next call.
+    that nothing is rewritten, operators run eagerly, and everything that the call changes is
+    restored. Hooks of modules run once. Like `torch._dynamo.explain` it resets Dynamo, so compiled
+    models compile again at their next call.
 
     Args:
         model: any module; a compiled one is unwrapped.

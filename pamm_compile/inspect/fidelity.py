@@ -1,4 +1,4 @@
-"""How close methods come to a model's weight gradients, measured on a batch of the user's."""
+"""Measure on a batch how close methods come to a model's weight gradients."""
 
 from __future__ import annotations
 
@@ -162,15 +162,15 @@ def fidelity(
 
     Equivalent to running forward and backward once, exactly, and comparing at every input X of
     projections `method.weight_gradients(method.store(X, seed), [dZ])` with dZᵀX for several seeds.
-    Everything is put back that this changes, hooks of modules run once, and those on gradients of
-    parameters do not. Like `explain` it resets Dynamo.
+    Everything that this changes is restored. Hooks of modules run once, hooks on gradients of
+    parameters do not run. Like `explain` it resets Dynamo.
 
     Args:
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
         rules: {target: method}, or text, as `backend` takes them: every site by its own method.
         methods: to compare at every site of the model, in place of `rules`.
-        draws: of every method; from 2 on, bias and noise can be told apart.
+        draws: of every method; 2 or more separate bias from noise.
         loss: makes a scalar of what the model returns; by default its `loss`, or a scalar itself.
         progress: whether to show a bar, where tqdm is installed; None does in a terminal.
         kwargs: what to call it with.
@@ -183,7 +183,7 @@ def fidelity(
             option would go to the model.
         MeasurementError: the model returns no loss, nothing was found, or the model is fake or on
             the meta device.
-        MethodError: a method did what methods may not do.
+        MethodError: a method broke a rule of methods.
     """
     refuse_options(model, kwargs, "What is compared is given as rules=… or methods=….")
     if (rules is None) == (methods is None) or (methods is not None and not methods):
@@ -278,7 +278,7 @@ def _loss_of(output: Any, loss: Callable[[Any], Tensor] | None) -> Tensor:
             f"the model returned {type(output).__name__} and no loss: {_LOSS_HINT}"
         )
     if not found.requires_grad:
-        raise MeasurementError(f"the loss has no gradient: train something, or {_LOSS_HINT}")
+        raise MeasurementError(f"the loss has no gradient: train a parameter, or {_LOSS_HINT}")
     scalar: Tensor = found.reshape(())
     return scalar
 

@@ -164,8 +164,8 @@ def _plain(tensor: Tensor) -> list[Tensor]:
             parts += [inner._indices(), inner._values()]
         else:
             raise MeasurementError(
-                f"a tensor of layout {inner.layout} is saved for backward, and its bytes are not "
-                "known; strided and sparse COO tensors are."
+                f"a tensor of layout {inner.layout} is saved for backward. Only strided and sparse "
+                "COO tensors can be measured."
             )
     return [part for part in parts if part.untyped_storage().nbytes() > 0]
 

@@ -1,4 +1,4 @@
-"""Tell what a compiled model would save for backward, without compiling or, if fake, computing."""
+"""Predict what a compiled model would save for backward, without compiling it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def predict_saved(
         with torch._subclasses.FakeTensorMode():
             prediction = predict_saved(make_model(), *make_inputs())
 
-    Everything is put back that the call changes, and hooks of modules run once. Like
+    Everything that the call changes is restored. Hooks of modules run once. Like
     `torch._dynamo.explain` it resets Dynamo.
 
     Args:

@@ -1,4 +1,4 @@
-"""Choose methods for a model by what they do to its gradients."""
+"""Choose methods for a model by the error of its gradients."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Recommendation:
     """What `recommend` was asked for, besides the model and its batch."""
 
     def renewed(self, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Recommendation:
-        """Choose again, by what the model and its batches are now and by what was found before.
+        """Choose again, by the errors now and by all errors found before.
 
         Equivalent to `recommend(model, …)` with the options that this was made with, where every
         method counts with the largest error that it had at any time.
@@ -92,16 +92,16 @@ def recommend(
 
     Equivalent to calling `fidelity(model, …, methods=methods)`, and choosing for every target the
     method that stores the fewest bytes among those whose error, root mean square over the target's
-    sites, is at most `max_error` / `margin`; none, if all are above. That is of this batch and of
-    the weights as they are: errors grow and shrink as a model is trained. Call
-    `Recommendation.renewed` whenever the number of steps has doubled, with a margin for what comes
-    between. An error of the gradients is no loss: train a little with what is chosen, and without.
+    sites, is at most `max_error` / `margin`. If all are above, the target stays exact. The errors
+    are those of this batch and of the weights now; they change in training. Call
+    `Recommendation.renewed` whenever the number of steps has doubled, with a margin for the steps
+    between. The error of the gradients is not the loss: train a little with the rules and without.
 
     Args:
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
         max_error: ‖dŴ − dW‖ / ‖dW‖ of one step, above 0.
-        margin: how many times the errors found may become until the next time, at least 1.
+        margin: factor by which errors may grow until the next choice, at least 1.
         methods: to choose from.
         draws: of every method, at least 1.
         loss: makes a scalar of what the model returns; by default its `loss`, or a scalar itself.

@@ -1,4 +1,4 @@
-"""Running a model to look at it, and leaving it as it was."""
+"""Run a model, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CONTAINERS = (dict, OrderedDict, set, list)
 
 @contextlib.contextmanager
 def undisturbed(model: torch.nn.Module, inputs: object = ()) -> Iterator[None]:
-    """Put everything back afterwards that calling a model, forward and backward, may change.
+    """Restore afterwards everything that a call of a model, forward and backward, may change.
 
     That is: all attributes of all modules, such as buffers that are assigned, added or deleted, and
     whether they train; the values of buffers and inputs; gradients of parameters and inputs;
@@ -29,7 +29,7 @@ def undisturbed(model: torch.nn.Module, inputs: object = ()) -> Iterator[None]:
     and inputs do not run meanwhile; those of modules do.
 
     Args:
-        model: what is run meanwhile.
+        model: runs meanwhile.
         inputs: tensors that it is called with, in any structure.
     """
     model = getattr(model, "_orig_mod", model)

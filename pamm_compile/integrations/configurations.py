@@ -1,4 +1,4 @@
-"""A model and a batch from a configuration file of Transformers, for the command line."""
+"""Make a model and a batch from a configuration file of Transformers, for the command line."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Asked:
 
 
 def from_config(path: Path, asked: Asked, *, random: bool) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return a model with random weights, and a batch that it gives a loss for.
+    """Return a model with random weights, and a batch for which it returns a loss.
 
     Args:
         path: a config.json, or the folder that holds it.
@@ -92,8 +92,8 @@ def from_config(path: Path, asked: Asked, *, random: bool) -> tuple[nn.Module, d
         images, and labels.
 
     Raises:
-        InvalidOptionError: the file is none that Transformers builds a model of, or this takes
-            other inputs than ids or images.
+        InvalidOptionError: Transformers cannot build a model of the file, or the model takes other
+            inputs than ids or images.
     """
     try:
         import transformers
@@ -156,8 +156,8 @@ def _batch(model: nn.Module, asked: Asked, *, random: bool) -> dict[str, Tensor]
     if kind is None or model.main_input_name != _INPUTS[kind]:
         heads = ", ".join(f"…{suffix}" for suffix in _HEADS)
         raise InvalidOptionError(
-            f"{name} is no class that a batch can be made for from its configuration alone, as of "
-            f"text or images it can ({heads}). {_OTHERWISE}"
+            f"no batch can be made for {name} from its configuration alone; it can for classes of "
+            f"text or images ({heads}). {_OTHERWISE}"
         )
     labels = torch.float32 if getattr(config, "num_labels", 0) == 1 else torch.int64
     with torch.device(asked.device):

@@ -1,4 +1,4 @@
-"""Transformers' Trainer, which refuses the names of backends that accelerate does not list."""
+"""A callback for Transformers' Trainer, which accepts only backends that accelerate lists."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class PammCallback(TrainerCallback):
 
         Trainer(model, arguments, callbacks=[PammCallback(ratio=256)], train_dataset=…)
 
-    The model is compiled in place: what is saved has the names that it has without.
+    The model is compiled in place, so checkpoints keep their names.
 
     Args:
         ratio: b / k, tokens per generator, at least 1.

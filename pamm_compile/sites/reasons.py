@@ -54,11 +54,11 @@ class Reason(enum.Enum):
         "sites/choose",
     )
     NO_SAVING = (
-        "what is stored would take as many bytes as the input",
+        "the stored tensors would take as many bytes as the input",
         "sites/decide",
     )
     UNPROFITABLE = (
-        "making the weight gradient from what is stored would take longer than exactly",
+        "the weight gradient would take longer than the exact one",
         "sites/decide",
     )
     UNKNOWN_TOKENS = (
@@ -70,7 +70,7 @@ class Reason(enum.Enum):
         "sites/nested",
     )
     OWN_GRADIENTS = (
-        "the graph computes gradients itself, and is left alone",
+        "the graph computes gradients itself, so it stays exact",
         "driver",
     )
     AMBIGUOUS_NAME = (

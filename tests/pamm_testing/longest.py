@@ -1,4 +1,4 @@
-"""Write docs/contributing.md's tables of a test run: what takes longest, what it leaves out.
+"""Write docs/benchmarks/tests.md's tables of a test run: what takes longest, what it leaves out.
 
 python -m pytest -n auto --dist worksteal --junitxml=run.xml
 PYTHONPATH=tests python -m pamm_testing.longest run.xml
@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 import torch
 
 CHECKOUT = Path(__file__).parents[2]
-PAGE = CHECKOUT / "docs" / "contributing.md"
+PAGE = CHECKOUT / "docs" / "benchmarks" / "tests.md"
 LEFT_OUT = "runs with --everything"
 COMMANDS = {
     LEFT_OUT: "`python -m pytest --everything`, `.ci/nightly`",
@@ -88,7 +88,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     """Read a run and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("junit", type=Path)
-    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--count", type=int, default=10)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(None if arguments is None else list(arguments))
     tests, seconds = read(options.junit)

@@ -3,15 +3,15 @@
     forward:   X ── codes, scales                                                 saved
     backward:  codes, scales ── X̂ [b, n] ── dW = dZᵀ X̂
 
-Where a device multiplies in float8, X is kept as this matmul reads it, transposed, a scale s a
-token; s goes over to dZ, whose columns get a scale t each:
+If the device multiplies in float8, X is kept transposed, as this matmul reads it, with a scale s
+per token. s is moved to dZ, and each column of dZ gets a scale t:
 
     forward:   X ── s, X8ᵀ = (X / s)ᵀ [n, b]                                      saved
     backward:  s dZ ── t, dZ8ᵀ = (s dZ / t)ᵀ [m, b] ── dW = t ∘ (dZ8ᵀ X8)
 
-A scale has to be the same all along what is summed over, tokens here, and those of X are: none. A
-scale a token, unlike one a column, is known where a norm has just made the token, and lets no
-token of a massive activation cost the others their bits.
+A scaled matmul cannot scale what it sums over, which is tokens here. A scale per token is known as
+soon as a norm has made the token, which a scale per column is not. And one token with a massive
+activation does not cost the other tokens their bits.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ class Quantized:
 
     Args:
         bits: of an entry, 8 or 4.
-        float8: whether X and dZ are multiplied in float8 e4m3, by a scaled matmul: twice as fast as
-            in 16 bits where a GPU has it, at several times the error. None does so on such GPUs
-            (CUDA, capability 8.9 or more), True also on CPUs. Inputs of float64, and those whose
-            features are no multiple of 16, are multiplied as they are.
+        float8: whether a scaled matmul multiplies X and dZ in float8 e4m3. A GPU can do this twice
+            as fast as in 16 bits; the error is several times larger. None does so on CUDA devices
+            of capability 8.9 or more, True also on CPUs. Inputs in float64, and inputs whose
+            features are no multiple of 16, are decoded instead.
 
     Raises:
         InvalidOptionError: a value is not allowed.
@@ -79,7 +79,7 @@ class Quantized:
             hint = "None decides by the device."
             raise checks.refusal("float8", self.float8, "True, False or None", hint)
         if self.bits == 4 and self.float8:
-            hint = "No device multiplies with these scales in 4 bits: leave it out."
+            hint = "Float8 needs 8 bits: write bits=8, or leave float8 out."
             raise checks.refusal("float8", self.float8, "False or None where bits=4", hint)
 
     @property

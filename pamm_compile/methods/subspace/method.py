@@ -4,7 +4,8 @@
                A = X Qᵀ ── dither, round ── codes, scales                        saved, with Q
     backward:  codes, scales ── Â [b, r] ── dW = (dZᵀ Â) Q
 
-Plain PyTorch throughout; but for matmuls, a Cholesky factorisation and a triangular solve it fuses.
+All of it is plain PyTorch. Inductor fuses everything except matmuls, a Cholesky factorisation and
+a triangular solve.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _BASIS = Rows()
 
 @dataclass(frozen=True)
 class Subspace:
-    """Keeps X along r directions that explain it best: dW ≈ (dZᵀ Â) Q.
+    """Keeps X along the r directions that explain most of it: dW ≈ (dZᵀ Â) Q.
 
     Equivalent to, up to the rounding of A, with `rows` drawn anew at every step:
 
@@ -45,16 +46,16 @@ class Subspace:
         dW = dZ.T @ A @ Q
 
     Args:
-        rank: r, directions kept: a share of min(features, outputs of all projections) in (0, 1),
-            rounded up to a multiple of 8, or a number of at least 1. From r = features on, X itself
-            is kept, in so many bits.
-        bits: of a coefficient, 4 or 8, with a scale a direction and 256 tokens, and 8 of a basis
-            entry; None keeps both in the dtype of X.
+        rank: r, the directions kept: a number of at least 1, or a share in (0, 1) of min(features,
+            outputs of all projections), rounded up to a multiple of 8. From r = features on, X
+            itself is kept in `bits`.
+        bits: of a coefficient, 4 or 8. 256 tokens of a direction share a scale; a basis entry has
+            8 bits. None keeps both in the dtype of X.
         iterations: subspace iterations on the sampled rows, at least 0.
-        rows: sampled rows a direction, at least 1; 16 of 51 directions are 816 rows.
-        candidates: directions found for each that is kept, at least 1. Above 1 those kept are drawn
-            anew at every step, with odds by how much of X is along them, and their coefficients
-            divided by the odds: of what lies along candidates nothing is left out in the mean.
+        rows: sampled rows per direction, at least 1; 16 and 51 directions make 816 rows.
+        candidates: directions found for each one kept, at least 1. Above 1, every step draws the
+            kept ones anew. The odds grow with how much of X lies along a direction, and its
+            coefficients are divided by the odds. On average no candidate is left out.
 
     Raises:
         InvalidOptionError: a value is not allowed.
@@ -86,7 +87,7 @@ class Subspace:
         hint = "More rows make better directions for more time."
         object.__setattr__(self, "rows", checks.integer("rows", self.rows, 1, hint))
         allowed = f"a number of at least 1 and at most {_MOST_CANDIDATES}"
-        hint = "2 draws half of what is found; 1 draws nothing."
+        hint = "2 keeps half of the directions found; 1 keeps all."
         candidates = checks.number("candidates", self.candidates, allowed, hint)
         if not 1 <= candidates <= _MOST_CANDIDATES:
             raise checks.refusal("candidates", self.candidates, allowed, hint)
@@ -112,7 +113,7 @@ class Subspace:
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
         """Return codes, scales and phase of A, and codes and scales of Q.
 
-        Without `bits`, A and Q; from r = features on without what is of Q, A being X.
+        Without `bits`, return A and Q. From r = features on, A is X, and there is no Q.
         """
         r = self.directions(x.shape[1], outputs)
         if r == x.shape[1]:
@@ -140,7 +141,7 @@ class Subspace:
     def weight_gradients(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
-        """Return dW of every projection; what decodes is made once for all of them."""
+        """Return dW of every projection; coefficients and basis are decoded once for all."""
         projected = len(stored) == (2 if self.bits is None else 5)
         dtype = _product_dtype(grads[0].dtype) if projected else grads[0].dtype
         grads = [grad.to(dtype) for grad in grads]
