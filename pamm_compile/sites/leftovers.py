@@ -38,7 +38,7 @@ from pamm_compile.graph.vocabulary import (
     op_name,
 )
 from pamm_compile.sites.flow import Flow
-from pamm_compile.sites.projections import Projection, Unmatched
+from pamm_compile.sites.projections import Projection, Unmatched, factor_of
 from pamm_compile.sites.reasons import Decline, Reason
 
 LEAVES = "what is made of this weight alone leaves the graph"
@@ -231,10 +231,7 @@ def is_differentiated(joint: JointGraph, projection: Projection) -> bool:
         Whether a product in the backward pass reads what is made of the input, element by element,
         and enters such a gradient.
     """
-    product = joint.product(projection.node)
-    is_left = projection.input is matmul_operands(projection.node)[0]
-    factor = product.left if is_left else product.right
-    closure, _ = joint.readers(joint.chain_of(factor.node).base)
+    closure, _ = joint.readers(joint.chain_of(factor_of(joint, projection).node).base)
     derived, stack = set(closure), list(closure)
     while stack:
         for user in stack.pop().users:

@@ -16,7 +16,7 @@ from torch.fx import Node
 from pamm_compile.graph.chains import Chain, matmul_operands, value
 from pamm_compile.graph.joint import JointGraph, Parameter
 from pamm_compile.graph.operands import Factors
-from pamm_compile.graph.rounding import Product
+from pamm_compile.graph.rounding import Factor, Product
 from pamm_compile.graph.vocabulary import Extra, is_matmul, is_scaled_matmul, matmul_extra
 from pamm_compile.private import aot
 from pamm_compile.sites.reasons import Decline, Reason
@@ -53,6 +53,13 @@ class Projection:
         """Give a reason for staying exact, unless there is one already."""
         if self.reason is None:
             self.reason, self.detail = reason, detail
+
+
+def factor_of(joint: JointGraph, projection: Projection) -> Factor:
+    """Return the input of a projection, before it is rounded and transposed."""
+    product = joint.product(projection.node)
+    is_left = projection.input is matmul_operands(projection.node)[0]
+    return product.left if is_left else product.right
 
 
 @dataclass(frozen=True)
@@ -172,11 +179,9 @@ def group(
     """
     sites: dict[tuple[Chain, bool], Site] = {}
     for projection in sorted(projections, key=lambda p: p.node):
-        is_left = projection.input is matmul_operands(projection.node)[0]
-        product = joint.product(projection.node)
-        factor = product.left if is_left else product.right
+        factor = factor_of(joint, projection)
         chain = joint.chain_of_factor(factor)
-        in_columns = factor.odd == is_left
+        in_columns = factor.odd == (projection.input is matmul_operands(projection.node)[0])
         new = Site(chain, factor.node, factor.merged is not None, in_columns)
         site = sites.setdefault((chain, in_columns), new)
         site.projections.append(projection)
