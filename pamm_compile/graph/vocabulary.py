@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from pamm_compile.private import aot
@@ -205,6 +206,13 @@ def is_foreign(node: Node) -> bool:
     """Tell whether a node is an operator of a library, a Triton kernel, or of higher order."""
     namespace = op_name(node).partition("::")[0]
     return namespace not in ("", "aten", "prims", "prim", "_c10d_functional", "inductor_prims")
+
+
+def is_fusible(node: Node) -> bool:
+    """Tell whether a node is computed along with others: elementwise, a reduction, or a view."""
+    tags = getattr(node.target, "tags", ())
+    moved = op_name(node) in MOVES or op_name(node) in REDUCTIONS or is_getitem(node)
+    return moved or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags)
 
 
 def is_scan(node: Node) -> bool:

@@ -42,6 +42,7 @@ def size_of(site: Site) -> Size:
         symbolic=not isinstance(tokens, int),
         casts=len(codes) if rounded else 0,
         scales=sum(aot.size_hint(n) or 0 for n in codes.values()) if rounded else 0,
+        remade=rounded and site.is_remade,
         scaled=any(gradient.is_scaled for gradient in site.gradients),
     )
 

@@ -17,7 +17,13 @@ from pamm_compile.graph.chains import Chain, matmul_operands, value
 from pamm_compile.graph.joint import JointGraph, Parameter
 from pamm_compile.graph.operands import Factors
 from pamm_compile.graph.rounding import Factor, Product
-from pamm_compile.graph.vocabulary import Extra, is_matmul, is_scaled_matmul, matmul_extra
+from pamm_compile.graph.vocabulary import (
+    Extra,
+    is_fusible,
+    is_matmul,
+    is_scaled_matmul,
+    matmul_extra,
+)
 from pamm_compile.private import aot
 from pamm_compile.sites.reasons import Decline, Reason
 from pamm_compile.targets import Use
@@ -106,6 +112,8 @@ class Site:
     """Whether tokens are all dimensions of `input` but the last."""
     in_columns: bool = False
     """Whether tokens are columns of `input`, as where W @ X is computed: it is Xᵀ then."""
+    is_remade: bool = False
+    """Whether the backward pass can make X again of what it reads for other gradients."""
     projections: list[Projection] = field(default_factory=list)
     gradients: list[WeightGradient] = field(default_factory=list)
 
@@ -187,6 +195,9 @@ def group(
         site.projections.append(projection)
     for site in sites.values():
         site.gradients = _weight_gradients(joint, site, every)
+        # A matmul's own operand is saved. Of its casts torch saves none that it can make again.
+        rounded = any(gradient.codes is not None for gradient in site.gradients)
+        site.is_remade = rounded and _is_remade(joint, site.chain.base)
     return list(sites.values())
 
 
@@ -216,6 +227,16 @@ def _weight_gradients(joint: JointGraph, site: Site, every: bool) -> list[Weight
     # In the order of the projections, whatever that of the backward pass.
     order = {p: number for number, p in enumerate(site.projections)}
     return sorted(found, key=lambda g: order[g.projection])
+
+
+def _is_remade(joint: JointGraph, x: Node) -> bool:
+    """Tell whether a value follows, by what fuses, from inputs and from what gradients read."""
+
+    def is_there(node: Node) -> bool:
+        return node.op == "placeholder" or (node is not x and bool(joint.readers(node)[1]))
+
+    found = joint.walk_back([x], is_there)
+    return all(is_there(node) or is_fusible(node) for node in found)
 
 
 def _weight_gradient(
