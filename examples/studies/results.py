@@ -321,6 +321,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
         for line in device_model.steps_table(H100, device_model.METHODS)
         if "| q, k, v |" not in line
     ],
+    "device-float8": lambda: device_model.float8_table(H100, device_model.FLOAT8_METHODS),
     "gradients-512": lambda: _as_written_today(
         fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
     ),
