@@ -25,6 +25,10 @@ def converted(model: nn.Module, recipe: str, *, emulate: bool = True) -> nn.Modu
     return model
 
 
+LINEAR = {"qkv.weight", "out.weight", "up.weight", "down.weight"}
+"""What is to be compressed in a `Block`."""
+
+
 class Watched:
     """The inputs and output gradients of the linear layers of a model, at its last step."""
 
@@ -38,8 +42,7 @@ class Watched:
 
     def _forward(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            # Autocast casts inside the module.
-            self.x[name] = _matrix(args[0].detach().to(out.dtype))
+            self.x[name] = _matrix(args[0].detach())
 
         return hook
 
