@@ -333,6 +333,8 @@ class Roles:
             projection.reason, projection.detail = reason, detail
         elif factors is not None and factors.active:
             projection.decline(Reason.COMPUTED_WEIGHT)
+        elif factor_of(self.joint, projection).rounding is not None:
+            projection.decline(Reason.ROUNDED_INPUT)
         else:
             projection.decline(Reason.UNSUPPORTED_LAYOUT)
 

@@ -83,6 +83,7 @@ def test_a_block_whose_matmuls_are_not_emulated(recipe: str) -> None:
 @pytest.mark.everything
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_autocast_and_dynamic_shapes(recipe: str) -> None:
+    """A CPU's autocast, which torchao does not ask for, casts in the backward pass alone."""
     model = converted(Block(), recipe)
     found = []
     for tokens in (16, 24):
@@ -90,7 +91,10 @@ def test_autocast_and_dynamic_shapes(recipe: str) -> None:
             found.append(look(model, {"x": torch.randn(2, tokens, 32)}, "linear=pamm:4"))
     for each in found:
         assert each.compressed | set(each.reasons) == LINEAR
-        assert set(each.reasons.values()) <= {"NO_SAVING"}
+        if recipe == "rowwise_with_gw_hp":
+            assert each.reasons == dict.fromkeys(("qkv.weight", "up.weight"), "ROUNDED_INPUT")
+        else:
+            assert set(each.reasons.values()) <= {"NO_SAVING"}
 
 
 @pytest.mark.parametrize("recipe", ONE_BY_DEFAULT)
