@@ -6,7 +6,7 @@ assumed to be reached. They are for comparing methods and tiles where no such de
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -170,8 +170,34 @@ def predicted_seconds(cost: Cost, device: DeviceFigures, dtype: torch.dtype) -> 
 
 
 def exact_seconds(size: Size, device: DeviceFigures) -> float:
-    """Return a model's time of the exact weight gradients of a site: matmuls alone."""
-    return matmul_seconds(exact_cost(size), device.flops(size.dtype), device)
+    """Return a model's time of the exact weight gradients of a site: matmuls, and casts for them.
+
+    In float8 both factors are cast along tokens for this matmul alone; with one scale for all, what
+    the other matmuls read is rearranged instead.
+    """
+    if not (size.scaled and device.float8):
+        return matmul_seconds(exact_cost(size), device.flops(size.dtype), device)
+    cost = exact_cost(replace(size, dtype=torch.float8_e4m3fn))
+    product = matmul_seconds(cost, device.float8, device)
+    b, n, m = size.tokens, size.features, sum(size.outputs)
+    factors = 1 + len(size.outputs)
+    if size.scales > size.casts:
+        casts = float8_cast(b * (n + m), size.dtype, factors)
+    else:
+        casts = Cost(0, 2 * b * (n + m), factors)
+    return product + predicted_seconds(casts, device, size.dtype)
+
+
+def float8_cast(entries: int, dtype: torch.dtype, tensors: int, *, reads: int = 2) -> Cost:
+    """Return what casts to float8 cost: a pass for the scales, and one that writes.
+
+    Args:
+        entries: of all tensors together.
+        dtype: of these.
+        tensors: how many.
+        reads: 1 where scales are of rows, which one kernel reads and writes.
+    """
+    return Cost(4 * entries, entries * (reads * dtype.itemsize + 1), reads * tensors)
 
 
 def matmul_seconds(cost: Cost, peak: float, device: DeviceFigures) -> float:

@@ -23,11 +23,23 @@ class Size:
     """Type of the device that X is on."""
     symbolic: bool = False
     """Whether `tokens` varies from call to call of the compiled graph."""
+    casts: int = 0
+    """How many casts of X to float8 the exact weight gradients read; 0 if they read X itself."""
+    scales: int = 0
+    """How many scales these have, all together."""
+    remade: bool = False
+    """Whether the backward pass makes these casts again, of what is saved for other gradients."""
+    scaled: bool = False
+    """Whether the exact weight gradients are multiplied in float8."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of X."""
-        return self.tokens * self.features * self.dtype.itemsize
+        """Bytes of what is saved for the exact weight gradients: X, or its casts if less."""
+        if self.remade:
+            return 0
+        entries = self.tokens * self.features
+        own = entries * self.dtype.itemsize
+        return min(own, entries * self.casts + 4 * self.scales) if self.casts else own
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,10 @@ pamm_compile/methods/pamm/triton/model.py), bfloat16, 16,384 tokens on a device.
 be its matmuls and attention, forward and backward, at the share of the peak that is assumed of
 matmuls: norms, the optimizer and communication are left out, so that shares of a real step are
 smaller.
+
+Steps in float8, by torchao's recipes, multiply forward and for dX in float8 in every block, and for
+dW too unless the recipe keeps that in 16 bits; logits stay in 16 bits. Their casts are counted, as
+kernels of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,15 +36,21 @@ from pamm_compile.devices import (
     DeviceFigures,
     device_named,
     exact_seconds,
+    float8_cast,
+    matmul_seconds,
+    predicted_seconds,
     site_seconds,
 )
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.triton import model
 from pamm_compile.rules import parse_rules
-from pamm_compile.size import Size
+from pamm_compile.size import Cost, Size
 
 MODELS = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
 METHODS = ("pamm:1024", "pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125", "quantized:8")
+FLOAT8_METHODS = ("pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125", "quantized:8")
+HIGH_PRECISION_DW = "rowwise_with_gw_hp"
+RECIPES = (HIGH_PRECISION_DW, "rowwise", "tensorwise")
 GENERATORS = (64, 128, 256, 512)
 _SITES = {"q, k, v": 3, "gate, up": 2, "down": 1}
 
@@ -68,6 +79,41 @@ def step_seconds(shape: Shape, device: DeviceFigures, tokens: int = DEVICE_TOKEN
     # Causal: half of the scores; two matmuls forward, five backward.
     attention = shape.layers * 7 * tokens * shape.sequence * n
     return (6 * tokens * weights + attention) / (MATMUL_SHARE * device.half)
+
+
+def float8_sizes(shape: Shape, recipe: str, tokens: int = DEVICE_TOKENS) -> dict[str, Size]:
+    """Return the inputs of one layer that trains in float8."""
+    if recipe == HIGH_PRECISION_DW:
+        return sizes(shape, tokens)
+    return {
+        name: replace(
+            size, casts=1, scales=1 if recipe == "tensorwise" else size.features, scaled=True
+        )
+        for name, size in sizes(shape, tokens).items()
+    }
+
+
+def float8_step_seconds(
+    shape: Shape, device: DeviceFigures, recipe: str, tokens: int = DEVICE_TOKENS
+) -> float:
+    """Return the model's time of an exact step in float8: matmuls, their casts, and attention."""
+    n, half, b = shape.width, torch.bfloat16, tokens
+    inputs = float8_sizes(shape, recipe, b)
+    output = replace(inputs["q, k, v"], outputs=(n,))
+    reads = 2 if recipe == "tensorwise" else 1
+    layer = 0.0
+    for size in (*inputs.values(), output):
+        m, count = sum(size.outputs), len(size.outputs)
+        forward = Cost(2 * b * size.features * m, b * (size.features + 2 * m), count)
+        layer += 2 * matmul_seconds(forward, device.float8, device)
+        # X and dZ by rows, W once for either matmul.
+        activations = float8_cast(b * (size.features + m), half, 1 + count, reads=reads)
+        weights = float8_cast(2 * size.features * m, half, 2 * count)
+        layer += predicted_seconds(activations + weights, device, half)
+        layer += exact_seconds(size, device)
+    attention = shape.layers * 7 * b * shape.sequence * n
+    logits = 6 * b * n * shape.vocabulary
+    return shape.layers * layer + (attention + logits) / (MATMUL_SHARE * device.half)
 
 
 def _by_exact(method: Method, size: Size, device: DeviceFigures) -> str:
@@ -104,6 +150,25 @@ def steps_table(device: DeviceFigures, methods: Sequence[str]) -> list[str]:
     return tables.markdown(header, rows, left=1)
 
 
+def float8_table(device: DeviceFigures, methods: Sequence[str]) -> list[str]:
+    """Return the lines of a table: what share of a float8 step is saved, by recipe and method."""
+    rows = []
+    for recipe in RECIPES:
+        for name in MODELS:
+            shape = SHAPES[name]
+            step = float8_step_seconds(shape, device, recipe)
+            inputs = float8_sizes(shape, recipe).values()
+            exact = sum(exact_seconds(size, device) for size in inputs)
+            row = [recipe, NAMES[name], f"{step * 1e3:.1f}"]
+            row.append(f"{100 * shape.layers * exact / step:.1f} %")
+            for text in methods:
+                taken = sum(site_seconds(method_of(text), size, device) for size in inputs)
+                row.append(f"{100 * shape.layers * (exact - taken) / step:+.1f} %")
+            rows.append(row)
+    header = ["recipe", "model", "step, ms", "exact dW", *methods]
+    return tables.markdown(header, rows, left=2)
+
+
 def kernels_table(device: DeviceFigures) -> list[str]:
     """Return the lines of a table: microseconds of every kernel of two sites, and their bounds."""
     rows = []
@@ -133,6 +198,9 @@ def main(arguments: list[str] | None = None) -> None:
         print("\n".join(sites_table(device, args.methods)))
         print("\nShare of a step: what exact dW takes, and what is saved of the step:\n")
         print("\n".join(steps_table(device, args.methods)))
+        if device.float8:
+            print("\nThe same of a step in float8, every block's inputs but o's:\n")
+            print("\n".join(float8_table(device, args.methods)))
 
 
 if __name__ == "__main__":

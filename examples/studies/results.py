@@ -333,6 +333,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "device-kernels": lambda: device_model.kernels_table(H100),
     "device-sites": lambda: device_model.sites_table(H100, device_model.METHODS),
     "device-steps": lambda: device_model.steps_table(H100, device_model.METHODS),
+    "device-float8": lambda: device_model.float8_table(H100, device_model.FLOAT8_METHODS),
     "gradients-512": lambda: _as_written_today(
         fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
     ),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pamm_compile.graph.joint import value
+from pamm_compile.graph.chains import value
 from pamm_compile.graph.vocabulary import is_getitem, op_name
 from pamm_compile.private import aot
 

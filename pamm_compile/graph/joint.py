@@ -1,10 +1,6 @@
-"""Reading a joint forward+backward graph: its inputs, gradients, phases and value chains.
+"""Reading a joint forward+backward graph: its inputs, gradients, phases and who reads what.
 
-Nothing here knows of PAMM. A *value chain* is a node followed back through operations that only
-rearrange or cast its elements; the node where that ends is the chain's base:
-
-    mul_4 [B,S,n] ── convert_element_type ── view [b,n] ── mm
-    └ base                └──────── chain ───────┘
+Nothing here knows of PAMM.
 """
 
 from __future__ import annotations
@@ -19,98 +15,25 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from pamm_compile.graph.chains import Chain, chain_of, is_chain_step, value, view_step
+from pamm_compile.graph.rounding import (
+    Factor,
+    Product,
+    Rounding,
+    inside,
+    is_float8,
+    product_of,
+    rounding_at,
+)
 from pamm_compile.graph.vocabulary import (
-    CHAIN,
-    COPIES,
     GRADIENT_PATH,
     SHAPE_READS,
-    TRANSPOSES,
     is_getitem,
     is_matmul,
     matmul_extra,
     op_name,
 )
 from pamm_compile.private import aot
-
-
-def matmul_operands(node: Node) -> tuple[Node, Node]:
-    """Return the left and right factor of a matmul, leaving out the addend of addmm and baddbmm."""
-    assert is_matmul(node), node
-    factors = node.args[1:3] if op_name(node) in ("aten::addmm", "aten::baddbmm") else node.args[:2]
-    left, right = factors
-    assert isinstance(left, Node)
-    assert isinstance(right, Node)
-    return left, right
-
-
-def value(node: Node) -> Any:
-    """Return the fake tensor (or symbolic number) that a node stands for."""
-    return node.meta.get("val")
-
-
-def is_transpose(node: Node) -> bool:
-    """Tell whether a node swaps the last two dimensions and leaves the others in place."""
-    name, val = op_name(node), value(node)
-    if name not in TRANSPOSES or not isinstance(val, torch.Tensor):
-        return False
-    rank = val.dim()
-    if name == "aten::t":
-        return rank == 2
-    if name == "aten::permute":
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr, arg-type]
-        return rank >= 2 and order == [*range(rank - 2), rank - 1, rank - 2]
-    return rank >= 2 and {int(d) % rank for d in node.args[1:3]} == {rank - 2, rank - 1}  # type: ignore[arg-type]
-
-
-def strip_transposes(node: Node) -> tuple[Node, bool]:
-    """Follow a node back through transposes of its last two dimensions.
-
-    Returns:
-        The first node that is no such transpose, and whether their number was odd.
-    """
-    odd = False
-    while is_transpose(node):
-        node, odd = node.all_input_nodes[0], not odd
-    return node, odd
-
-
-@dataclass(frozen=True)
-class Chain:
-    """A value chain: where it starts and, in order, what was done to the elements."""
-
-    base: Node
-    steps: tuple[tuple[Any, ...], ...]
-
-
-def chain_of(node: Node) -> Chain:
-    """Follow a node back through operations that only rearrange or cast its elements.
-
-    Returns:
-        The base and the steps from it to `node`, comparable between nodes.
-    """
-    steps: list[tuple[Any, ...]] = []
-    while op_name(node) in CHAIN:
-        source = node.args[0]
-        if not isinstance(source, Node):
-            break
-        options = tuple(sorted(node.kwargs.items()))
-        # A copy holds what its source does: without it, equal chains compare so.
-        if op_name(node) not in COPIES:
-            steps.append((op_name(node), _freeze(node.args[1:]), _freeze(options)))
-        node = source
-    return Chain(node, tuple(reversed(steps)))
-
-
-def _freeze(arg: Any) -> Any:
-    if isinstance(arg, list | tuple):
-        return tuple(_freeze(item) for item in arg)
-    return arg
-
-
-def is_chain_step(node: Node) -> bool:
-    """Tell whether a node only rearranges or casts the elements of its operand."""
-    return op_name(node) in CHAIN
-
 
 # Weights of one matmul may be several, those of the heads of attention for one.
 _MANY_GRADIENTS = 256
@@ -142,6 +65,7 @@ class JointGraph:
         self.parameter_names = parameter_names
         self._readers: dict[Node, tuple[set[Node], set[Node]]] = {}
         self._terms: dict[Parameter, list[Node]] = {}
+        self._products: dict[Node, Product] = {}
 
     @staticmethod
     def is_joint(graph: Graph) -> bool:
@@ -271,6 +195,36 @@ class JointGraph:
         chain = chain_of(node)
         return Chain(self._firsts[chain.base], chain.steps)
 
+    def first(self, node: Node) -> Node:
+        """Return the first node of those that are equal to a forward node."""
+        return self._firsts[node]
+
+    def product(self, matmul: Node) -> Product:
+        """Return what a matmul multiplies, its factors followed back to before they were rounded.
+
+        To be asked for nodes that were there when the graph was first read.
+        """
+        if matmul not in self._products:
+            self._products[matmul] = product_of(matmul)
+        return self._products[matmul]
+
+    def chain_of_factor(self, factor: Factor) -> Chain:
+        """Return the chain of a factor, as that of one that is not rounded."""
+        chain = self.chain_of(factor.node)
+        if factor.merged is None:
+            return chain
+        return Chain(chain.base, (*chain.steps, view_step(factor.merged)))
+
+    @cached_property
+    def _roundings(self) -> dict[Node, list[Rounding]]:
+        """What is rounded to float8, by the first node of its base."""
+        found: dict[Node, list[Rounding]] = defaultdict(list)
+        for node in self.nodes:
+            rounding = rounding_at(node) if is_float8(node) else None
+            if rounding is not None:
+                found[self.chain_of(rounding.source).base].append(rounding)
+        return found
+
     def gradient_of(self, placeholder: Node) -> Node | None:
         """Return the node that the graph returns as the gradient of an input, if it does."""
         key = aot.input_key(placeholder.meta.get("desc"))
@@ -346,8 +300,8 @@ class JointGraph:
             base: a forward node.
 
         Returns:
-            closure: `base`, what equals it, and everything that only rearranges or casts these, in
-                either phase.
+            closure: `base`, what equals it, and everything that only rearranges, casts or rounds
+                these, in either phase.
             backward: what is computed from their elements for a gradient alone, whether it depends
                 on a tangent or not (the 1 − tanh² of a decomposed tanh does not).
         """
@@ -356,12 +310,17 @@ class JointGraph:
             return self._readers[first]
         closure = set(self._equals[first])
         stack = list(closure)
+        rounded = {
+            node
+            for rounding in self._roundings[first]
+            for node in inside(rounding, lambda node: self.chain_of(node).base is first)
+        }
         backward: set[Node] = set()
         while stack:
             for user in stack.pop().users:
                 if user in closure or user.op == "output" or op_name(user) in SHAPE_READS:
                     continue
-                if is_chain_step(user) and user not in self.backward:
+                if user in rounded or (is_chain_step(user) and user not in self.backward):
                     closure.add(user)
                     stack.append(user)
                 elif user in self._only_for_gradients:
@@ -372,12 +331,6 @@ class JointGraph:
 
 def _is_term(node: Node) -> bool:
     return op_name(node) not in GRADIENT_PATH and not is_getitem(node)
-
-
-def shape_of(node: Node) -> tuple[Any, ...] | None:
-    """Return the shape of a tensor, comparable without a guard; None for anything else."""
-    val = value(node)
-    return tuple(map(aot.size_key, val.shape)) if isinstance(val, torch.Tensor) else None
 
 
 def _is_tensor(node: Node) -> bool:

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
-from pamm_compile.graph.joint import JointGraph, Parameter, matmul_operands, shape_of, value
+from pamm_compile.graph.chains import matmul_operands, shape_of, value
+from pamm_compile.graph.joint import JointGraph, Parameter
 from pamm_compile.graph.vocabulary import (
     CHAIN,
     MOVES,

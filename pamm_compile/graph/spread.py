@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from pamm_compile.graph.joint import shape_of
+from pamm_compile.graph.chains import shape_of
 from pamm_compile.graph.operands import tensors_of
 from pamm_compile.graph.vocabulary import (
     CHAIN,

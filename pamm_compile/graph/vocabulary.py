@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from pamm_compile.private import aot
@@ -23,6 +24,13 @@ COPIES = {
     "aten::alias", "aten::clone", "aten::contiguous", "aten::detach", "aten::lift_fresh_copy",
     "prims::view_of",
 }  # fmt: skip
+
+# Of CHAIN, what regroups dimensions, and what changes the dtype alone.
+VIEWS = {"aten::view", "aten::_unsafe_view", "aten::reshape"}
+CASTS = {"aten::_to_copy", "aten::to", "prims::convert_element_type"}
+
+# Keep every element within bounds, which a cast to float8 does by itself.
+CLAMPS = {"aten::clamp", "aten::clamp_min", "aten::clamp_max"}
 
 # A weight's gradient reaches the graph's output through these, and no others.
 GRADIENT_PATH = CHAIN | {
@@ -101,7 +109,8 @@ _FOREACH_SUMS = {
 }  # fmt: skip
 _REDUCED_SUMS = {"aten::sum", "aten::mean", "aten::nansum"}
 
-_MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+_SCALED_MATMUL = "aten::_scaled_mm"
+_MATMULS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", _SCALED_MATMUL}
 # "dtype" asks for another dtype of the result; those with `out` write to an argument.
 _MATMUL_OVERLOADS = {"default", "dtype"}
 # Other products with a weight, which are not read as matmuls.
@@ -114,6 +123,7 @@ _OTHER_PRODUCTS = re.compile(
 _SCANS = re.compile(
     r"aten::(cumsum|cumprod|logcumsumexp|_fft_\w+)$|higher_order::(associative_scan|scan|while_loop)$"
 )
+_FULL = {"aten::full", "aten::new_full", "aten::full_like"}
 _CONVOLUTIONS = {"aten::convolution", "aten::_convolution"}
 TRANSPOSES = {"aten::t", "aten::permute", "aten::transpose"}
 
@@ -158,11 +168,33 @@ def op_name(node: Node) -> str:
 
 
 def is_matmul(node: Node) -> bool:
-    """Tell whether a node is mm, addmm, bmm or baddbmm, and returns its result."""
+    """Tell whether a node is mm, addmm, bmm, baddbmm or _scaled_mm, and returns its result."""
     if op_name(node) not in _MATMULS:
         return False
     target: Any = node.target
     return target._overloadname in _MATMUL_OVERLOADS
+
+
+def is_scaled_matmul(node: Node) -> bool:
+    """Tell whether a node is a matmul of factors that it divides by scales."""
+    return op_name(node) == _SCALED_MATMUL and is_matmul(node)
+
+
+def schema_arguments(node: Node) -> dict[str, Any]:
+    """Return the arguments of an operator by name, as far as they are given."""
+    target: Any = node.target
+    names = (argument.name for argument in target._schema.arguments)
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def fills_with(node: Any, number: float) -> bool:
+    """Tell whether a node is a tensor of one number, whatever its shape."""
+    if not isinstance(node, Node):
+        return False
+    if op_name(node) in ("aten::ones", "aten::new_ones", "aten::ones_like"):
+        return number == 1
+    fill = schema_arguments(node).get("fill_value") if op_name(node) in _FULL else None
+    return fill is not None and fill == number
 
 
 def is_other_product(node: Node) -> bool:
@@ -174,6 +206,13 @@ def is_foreign(node: Node) -> bool:
     """Tell whether a node is an operator of a library, a Triton kernel, or of higher order."""
     namespace = op_name(node).partition("::")[0]
     return namespace not in ("", "aten", "prims", "prim", "_c10d_functional", "inductor_prims")
+
+
+def is_fusible(node: Node) -> bool:
+    """Tell whether a node is computed along with others: elementwise, a reduction, or a view."""
+    tags = getattr(node.target, "tags", ())
+    moved = op_name(node) in MOVES or op_name(node) in REDUCTIONS or is_getitem(node)
+    return moved or (torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags)
 
 
 def is_scan(node: Node) -> bool:
@@ -287,6 +326,8 @@ class Extra:
 def matmul_extra(node: Node) -> Extra | None:
     """Return what addmm and baddbmm compute beside the product; None if a factor is symbolic."""
     assert is_matmul(node), node
+    if is_scaled_matmul(node):
+        return Extra(addend=schema_arguments(node).get("bias"))
     if op_name(node) not in ("aten::addmm", "aten::baddbmm"):
         return Extra()
     alpha, beta = node.kwargs.get("alpha", 1), node.kwargs.get("beta", 1)

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch.fx import Node
 
-from pamm_compile.graph.joint import JointGraph, matmul_operands, shape_of
+from pamm_compile.graph.chains import matmul_operands, shape_of
+from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.operands import Kind, Operands, carries_gradient, passes
 from pamm_compile.graph.spread import reduced_dims, spread
 from pamm_compile.graph.vocabulary import (

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from pamm_compile import devices
-from pamm_compile.graph.joint import value
+from pamm_compile.graph.chains import value
 from pamm_compile.methods.base import Method
 from pamm_compile.private import aot
 from pamm_compile.private.scaled import has_scaled_matmul
@@ -31,6 +31,8 @@ def size_of(site: Site) -> Size:
         # [m, n], or [n, m] where transposed; batched matmuls have a batch of one before these.
         rows, columns = value(gradient.node).shape[-2:]
         outputs.append(aot.size_hint(columns if gradient.transposed else rows) or 0)
+    codes = {gradient.codes: gradient.scales for gradient in site.gradients}
+    rounded = bool(codes) and None not in codes
     return Size(
         tokens=aot.size_hint(tokens) or 0,
         features=aot.size_hint(features) or 0,
@@ -38,6 +40,10 @@ def size_of(site: Site) -> Size:
         dtype=val.dtype,
         device=val.device.type,
         symbolic=not isinstance(tokens, int),
+        casts=len(codes) if rounded else 0,
+        scales=sum(aot.size_hint(n) or 0 for n in codes.values()) if rounded else 0,
+        remade=rounded and site.is_remade,
+        scaled=any(gradient.is_scaled for gradient in site.gradients),
     )
 
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
-from pamm_compile.graph.joint import JointGraph, value
+from pamm_compile.graph.chains import value
+from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.methods.base import Method
 from pamm_compile.options import Options
@@ -76,7 +77,7 @@ class _Judge:
 
         # Dropping one site leaves its gradients as readers of an input it shared with another.
         while True:
-            replaced = {g.node for each in candidates for g in each.site.gradients}
+            replaced = {n for each in candidates for g in each.site.gradients for n in g.nodes}
             read = [(each, self._other_readers(each, replaced)) for each in candidates]
             blocked = [(each, readers) for each, readers in read if readers]
             if self._options.goal == "speed" or not blocked:
@@ -108,7 +109,7 @@ class _Judge:
         val = value(site.input)
         if any(aot.size_hint(size) is None for size in val.shape):
             return Reason.UNKNOWN_TOKENS, ""
-        if not _is_matrix(val):
+        if not (site.is_merged or _is_matrix(val)):
             return Reason.UNSUPPORTED_LAYOUT, ""
         closure, _ = self._joint.readers(site.chain.base)
         if any(aot.is_recomputed(node.meta.get("recompute")) for node in closure):

@@ -17,8 +17,9 @@ from collections.abc import Iterable
 import torch
 from torch.fx import Node
 
+from pamm_compile.graph.chains import shape_of, value
 from pamm_compile.graph.dynamo import nested_graphs
-from pamm_compile.graph.joint import JointGraph, shape_of, value
+from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.operands import (
     Factors,
     Kind,

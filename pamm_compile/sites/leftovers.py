@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
+from pamm_compile.graph.chains import matmul_operands, shape_of, value
 from pamm_compile.graph.dynamo import nested_graphs
-from pamm_compile.graph.joint import JointGraph, Parameter, matmul_operands, shape_of, value
+from pamm_compile.graph.joint import JointGraph, Parameter
 from pamm_compile.graph.operands import Kind, carries_gradient
 from pamm_compile.graph.spread import Spread, everywhere, spread
 from pamm_compile.graph.vocabulary import (
@@ -37,7 +38,7 @@ from pamm_compile.graph.vocabulary import (
     op_name,
 )
 from pamm_compile.sites.flow import Flow
-from pamm_compile.sites.projections import Projection, Unmatched
+from pamm_compile.sites.projections import Projection, Unmatched, factor_of
 from pamm_compile.sites.reasons import Decline, Reason
 
 LEAVES = "what is made of this weight alone leaves the graph"
@@ -230,7 +231,7 @@ def is_differentiated(joint: JointGraph, projection: Projection) -> bool:
         Whether a product in the backward pass reads what is made of the input, element by element,
         and enters such a gradient.
     """
-    closure, _ = joint.readers(joint.chain_of(projection.input).base)
+    closure, _ = joint.readers(joint.chain_of(factor_of(joint, projection).node).base)
     derived, stack = set(closure), list(closure)
     while stack:
         for user in stack.pop().users:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pamm_compile.graph.chains import value
 from pamm_compile.graph.dynamo import nested_graphs
-from pamm_compile.graph.joint import JointGraph, value
+from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.operands import Operands
 from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.sites.reasons import Decline, Reason

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from pamm_compile.graph.joint import (
-    Chain,
-    JointGraph,
-    Parameter,
-    matmul_operands,
-    strip_transposes,
-    value,
-)
+from pamm_compile.graph.chains import Chain, matmul_operands, value
+from pamm_compile.graph.joint import JointGraph, Parameter
 from pamm_compile.graph.operands import Factors
-from pamm_compile.graph.vocabulary import Extra, is_matmul, matmul_extra
+from pamm_compile.graph.rounding import Factor, Product
+from pamm_compile.graph.vocabulary import (
+    Extra,
+    is_fusible,
+    is_matmul,
+    is_scaled_matmul,
+    matmul_extra,
+)
 from pamm_compile.private import aot
 from pamm_compile.sites.reasons import Decline, Reason
 from pamm_compile.targets import Use
@@ -60,6 +61,13 @@ class Projection:
             self.reason, self.detail = reason, detail
 
 
+def factor_of(joint: JointGraph, projection: Projection) -> Factor:
+    """Return the input of a projection, before it is rounded and transposed."""
+    product = joint.product(projection.node)
+    is_left = projection.input is matmul_operands(projection.node)[0]
+    return product.left if is_left else product.right
+
+
 @dataclass(frozen=True)
 class Unmatched:
     """Trained weights of a product that is not read as a matmul with a weight."""
@@ -75,11 +83,21 @@ class WeightGradient:
 
     node: Node
     output_gradient: Node
-    """The factor that is not X: [m, b] (so dZᵀ), or [b, m] where `transposed`."""
+    """dZ, in its own precision where the matmul reads it rounded; its last dimension is m, or b
+    where `flipped`."""
+    flipped: bool
     transposed: bool
     projection: Projection
     extra: Extra = field(default_factory=Extra)
     """What the matmul computes beside the product."""
+    nodes: frozenset[Node] = frozenset()
+    """What goes with it: the matmul, and what takes out the scales of its factors."""
+    codes: Node | None = None
+    """X in float8, where the matmul reads it so."""
+    scales: Any = 0
+    """How many scales these have."""
+    is_scaled: bool = False
+    """Whether it is multiplied in float8."""
 
 
 @dataclass
@@ -88,9 +106,14 @@ class Site:
 
     chain: Chain
     input: Node
-    """X as the projections read it: [b, n], or [1, b, n] for batched matmuls."""
+    """X as the projections read it: [b, n], or [1, b, n] for batched matmuls; before it is rounded,
+    where they read it so."""
+    is_merged: bool = False
+    """Whether tokens are all dimensions of `input` but the last."""
     in_columns: bool = False
     """Whether tokens are columns of `input`, as where W @ X is computed: it is Xᵀ then."""
+    is_remade: bool = False
+    """Whether the backward pass can make X again of what it reads for other gradients."""
     projections: list[Projection] = field(default_factory=list)
     gradients: list[WeightGradient] = field(default_factory=list)
 
@@ -102,7 +125,10 @@ class Site:
     @property
     def shape(self) -> tuple[int | torch.SymInt, int | torch.SymInt]:
         """Tokens and features."""
-        rows, columns = value(self.input).shape[-2:]
+        *leading, rows, columns = value(self.input).shape
+        if self.is_merged:
+            for size in leading:
+                rows = rows * size
         return (columns, rows) if self.in_columns else (rows, columns)
 
 
@@ -161,13 +187,17 @@ def group(
     """
     sites: dict[tuple[Chain, bool], Site] = {}
     for projection in sorted(projections, key=lambda p: p.node):
-        stripped, odd = strip_transposes(projection.input)
-        chain = joint.chain_of(stripped)
-        in_columns = odd == (projection.input is matmul_operands(projection.node)[0])
-        site = sites.setdefault((chain, in_columns), Site(chain, stripped, in_columns))
+        factor = factor_of(joint, projection)
+        chain = joint.chain_of_factor(factor)
+        in_columns = factor.odd == (projection.input is matmul_operands(projection.node)[0])
+        new = Site(chain, factor.node, factor.merged is not None, in_columns)
+        site = sites.setdefault((chain, in_columns), new)
         site.projections.append(projection)
     for site in sites.values():
         site.gradients = _weight_gradients(joint, site, every)
+        # A matmul's own operand is saved. Of its casts torch saves none that it can make again.
+        rounded = any(gradient.codes is not None for gradient in site.gradients)
+        site.is_remade = rounded and _is_remade(joint, site.chain.base)
     return list(sites.values())
 
 
@@ -178,20 +208,56 @@ def _weight_gradients(joint: JointGraph, site: Site, every: bool) -> list[Weight
     closure, readers = joint.readers(site.chain.base)
     found = []
     for node in sorted(n for n in readers if is_matmul(n)):
-        extra = matmul_extra(node)
-        left, right = matmul_operands(node)
-        for factor, other, is_left in ((left, right, True), (right, left, False)):
-            stripped, odd = strip_transposes(factor)
+        extra, product = matmul_extra(node), joint.product(node)
+        for factor, other, is_left in (
+            (product.left, product.right, True),
+            (product.right, product.left, False),
+        ):
             # Xᵀ on the left or X on the right; else the sum is not over tokens. And with X on
             # both sides, X would be read all the same.
-            if (odd != site.in_columns) != is_left or other in closure:
+            if (factor.odd != site.in_columns) != is_left or other.node in closure:
                 continue
-            if joint.chain_of(stripped) != site.chain:
+            if joint.chain_of_factor(factor) != site.chain:
                 continue
-            owner = next((p for p in trained if joint.only_reaches(node, p.parameters)), None)
+            result = product.node
+            owner = next((p for p in trained if joint.only_reaches(result, p.parameters)), None)
             if owner is not None and extra is not None:
-                found.append(WeightGradient(node, other, is_left, owner, extra))
+                found.append(_weight_gradient(joint, product, is_left, owner, extra))
                 break
     # In the order of the projections, whatever that of the backward pass.
     order = {p: number for number, p in enumerate(site.projections)}
     return sorted(found, key=lambda g: order[g.projection])
+
+
+def _is_remade(joint: JointGraph, x: Node) -> bool:
+    """Tell whether a value follows, by what fuses, from inputs and from what gradients read."""
+
+    def is_there(node: Node) -> bool:
+        return node.op == "placeholder" or (node is not x and bool(joint.readers(node)[1]))
+
+    found = joint.walk_back([x], is_there)
+    return all(is_there(node) or is_fusible(node) for node in found)
+
+
+def _weight_gradient(
+    joint: JointGraph, product: Product, transposed: bool, owner: Projection, extra: Extra
+) -> WeightGradient:
+    x, dz = (product.left, product.right) if transposed else (product.right, product.left)
+    codes, scales = None, 0
+    if x.rounding is not None:
+        codes, scales = joint.first(x.rounding.codes), value(x.rounding.scale).numel()
+    # On the left stands dZᵀ, so one transpose is undone; on the right none.
+    flipped = dz.odd == transposed
+    is_scaled = any(map(is_scaled_matmul, product.nodes))
+    return WeightGradient(
+        product.node,
+        dz.node,
+        flipped,
+        transposed,
+        owner,
+        extra,
+        product.nodes,
+        codes,
+        scales,
+        is_scaled,
+    )

@@ -83,6 +83,10 @@ class Reason(enum.Enum):
         "sites/leftovers",
         "sites/roles",
     )
+    ROUNDED_INPUT = (
+        "the weight gradient reads the input in another form than the forward pass",
+        "sites/roles",
+    )
     NOT_OVER_TOKENS = (
         "the weight mixes heads or tokens of a projection's output",
         "sites/roles",

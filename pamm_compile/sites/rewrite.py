@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from pamm_compile.graph.chains import value
 from pamm_compile.graph.insert import BACKWARD, FORWARD, Inserter, replace_node
-from pamm_compile.graph.joint import strip_transposes, value
 from pamm_compile.graph.vocabulary import Extra
 from pamm_compile.methods import checked
 from pamm_compile.methods.base import Method
@@ -23,7 +23,6 @@ from pamm_compile.methods.draws import content_seed, site_seeds
 from pamm_compile.private import aot
 from pamm_compile.sites.cost import size_of
 from pamm_compile.sites.decide import Plan
-from pamm_compile.sites.projections import WeightGradient
 
 
 def rewrite(graph: Graph, plans: Sequence[Plan], salt: int) -> None:
@@ -104,7 +103,8 @@ class _Rewriter:
     def replace_gradients(self, plan: Plan, stored: Sequence[Node]) -> None:
         """Insert a site's weight gradients, and take the exact ones out."""
         gradients, method = plan.site.gradients, plan.method
-        grads, flips = zip(*(_output_gradient(g) for g in gradients), strict=True)
+        grads = [g.output_gradient for g in gradients]
+        flips = tuple(g.flipped for g in gradients)
         vals = [value(g.node) for g in gradients]
         transposed = tuple(g.transposed for g in gradients)
         extras = tuple(Addition.of(g.extra) for g in gradients)
@@ -113,7 +113,7 @@ class _Rewriter:
         function = _replacement(method, len(stored), features, flips, transposed, vals, extras)
         shapes = tuple((str(v.shape), v.dtype) for v in vals)
         key = ("gradients", id(method), flips, transposed, len(stored), shapes, extras)
-        last = max(gradients, key=lambda g: g.node).node
+        last = max(g.node for g in gradients)
         new, _ = self._inserter.insert(last, function, [*stored, *grads, *addends], BACKWARD, key)
         for gradient, node in zip(gradients, new, strict=True):
             replace_node(self._graph, gradient.node, node)
@@ -139,12 +139,5 @@ def _replacement(
     return replacement
 
 
-def _output_gradient(gradient: WeightGradient) -> tuple[Node, bool]:
-    """Return dZ as a node, and whether it is still to be transposed to [b, m]."""
-    stripped, odd = strip_transposes(gradient.output_gradient)
-    # On the left stands dZᵀ, so one transpose is undone; on the right none.
-    return stripped, odd == gradient.transposed
-
-
 def _matrix(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dim() == 2 else tensor.squeeze(0)
+    return tensor if tensor.dim() == 2 else tensor.flatten(0, -2)

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from pamm_compile.graph.chains import matmul_operands
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.operands import Factors, Kind, Operands
 from pamm_compile.graph.vocabulary import is_convolution, is_embedding, is_foreign, is_scan, op_name
@@ -26,7 +27,7 @@ from pamm_compile.sites.anchors import Anchors
 from pamm_compile.sites.flow import Flow
 from pamm_compile.sites.leftovers import NO_GRADIENT, is_differentiated, leftovers
 from pamm_compile.sites.lowrank import LowRank
-from pamm_compile.sites.projections import Projection, Sizes, Unmatched, group, sizes_of
+from pamm_compile.sites.projections import Projection, Sizes, Unmatched, factor_of, group, sizes_of
 from pamm_compile.sites.reasons import Decline, Reason
 from pamm_compile.targets import Use
 
@@ -46,6 +47,7 @@ class Roles:
         self.unmatched: list[Unmatched] = []
         self._found: dict[Node, Projection] = {}
         self._sizes: dict[Node, Sizes] = {}
+        self._known_gradients: set[Node] = set()
         self._lowrank = LowRank(self.flow)
         self._factors: dict[Node, list[Node]] = defaultdict(list)
         self._weights_over: dict[Any, int] = defaultdict(int)
@@ -96,7 +98,8 @@ class Roles:
             normed: whether a norm may stand between, as in latent attention, if the factor is one
                 of the residual stream.
         """
-        sources = self._lowrank.sources(self._found[node].input, normed=normed)
+        value = factor_of(self.joint, self._found[node]).node
+        sources = self._lowrank.sources(value, normed=normed)
         if not all(n in self._sizes and self._sizes[n].is_narrow for n in sources):
             # A sum or a product with something wide is not narrow.
             return
@@ -309,7 +312,9 @@ class Roles:
 
     def _decline_what_has_no_gradient(self) -> None:
         """Give a reason to every trained projection whose weight gradient was not found."""
-        for site in group(self.joint, self.projections, every=True):
+        sites = group(self.joint, self.projections, every=True)
+        self._known_gradients = {n for s in sites for g in s.gradients for n in g.nodes}
+        for site in sites:
             covered = {w for g in site.gradients for w in g.projection.parameters}
             for projection in site.projections:
                 trained = [w for w in projection.parameters if w.gradient is not None]
@@ -322,8 +327,38 @@ class Roles:
         factors = self.flow.projections.get(projection.node)
         if not is_differentiated(self.joint, projection):
             # What it reads does not matter then.
-            projection.reason, projection.detail = Reason.NO_WEIGHT_GRAD, NO_GRADIENT
+            other = self._reads_another_form(projection)
+            detail = "" if other else NO_GRADIENT
+            reason = Reason.ROUNDED_INPUT if other else Reason.NO_WEIGHT_GRAD
+            projection.reason, projection.detail = reason, detail
         elif factors is not None and factors.active:
             projection.decline(Reason.COMPUTED_WEIGHT)
+        elif factor_of(self.joint, projection).rounding is not None:
+            projection.decline(Reason.ROUNDED_INPUT)
         else:
             projection.decline(Reason.UNSUPPORTED_LAYOUT)
+
+    def _reads_another_form(self, projection: Projection) -> bool:
+        """Tell whether a weight's gradient is a product with what the input is made of, too.
+
+        A form of the input may be rounded in blocks, or to integers, and the gradient be made by
+        hand of the input itself, or of another form.
+        """
+        made_of = self._made_of(projection.input)
+        gradients = {g for w in projection.parameters for g in self.joint.gradient_matmuls(w)}
+        forward = (
+            factor
+            for matmul in gradients - self._known_gradients
+            for factor in matmul_operands(matmul)
+            if factor not in self.joint.backward
+        )
+        return any(self._made_of(factor) & made_of for factor in forward)
+
+    def _made_of(self, value: Node) -> set[Node]:
+        """Return what a value is made of since the last product, weights and constants left out."""
+        kinds = (Kind.ACTIVATION, Kind.MIXED)
+        return {
+            node
+            for node in self.flow.segment([value])
+            if self.operands.kind(node) in kinds or self.operands.is_fed(node)
+        }

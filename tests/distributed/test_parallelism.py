@@ -31,6 +31,13 @@ def test_sharded_and_sequence_parallel() -> None:
 
 @pytest.mark.slow
 @pytest.mark.everything
+def test_weights_gathered_in_float8() -> None:
+    pytest.importorskip("torchao.float8", reason="needs torchao: the extra float8")
+    launch("float8_checks:main", ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.everything
 def test_tensor_parallel_alone() -> None:
     """As within two dimensions, and a model that is compiled as one graph."""
     launch("tp_checks:tensor_parallel", ranks=2)

@@ -9,13 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pamm_compile.graph.joint import (
-    JointGraph,
-    chain_of,
-    is_transpose,
-    matmul_operands,
-    strip_transposes,
-)
+from pamm_compile.graph.chains import chain_of, is_transpose, matmul_operands, strip_transposes
+from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.operands import Operands
 from pamm_compile.graph.vocabulary import op_name
 from pamm_compile.names import names_of
