@@ -22,6 +22,7 @@ from pamm_compile.methods import register_method
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.methods.quantized.method import Quantized
+from pamm_compile.methods.remembered.method import GradientSubspace
 from pamm_compile.methods.subspace.method import Subspace
 from pamm_compile.report import GraphReport, Note, Report, SiteReport, State
 from pamm_compile.sites.reasons import Reason
@@ -37,6 +38,7 @@ __all__ = [
     "Comparison",
     "Cost",
     "Fidelity",
+    "GradientSubspace",
     "GraphReport",
     "InvalidOptionError",
     "MeasurementError",

@@ -51,6 +51,7 @@ def make_pipeline(
     gm: GraphModule | None = None,
     device: str | None = None,
     apply: bool = True,
+    memories: int | None = None,
 ) -> Pipeline:
     """Return our passes over the joint graph of one Dynamo graph.
 
@@ -61,13 +62,14 @@ def make_pipeline(
         gm: the graph, to say more of it if it has no backward pass.
         device: GPU whose times are reported, see `devices.device_named`; None for that at hand.
         apply: False only reports.
+        memories: the input from which on the graph takes what methods remember, if it does.
 
     Returns:
         A pass of Inductor's.
     """
     by_name = options.selects_by_name
     gpu = None if device is None else device_named(device)
-    passes = [CompressInputs(options, gpu), *further]
+    passes = [CompressInputs(options, gpu, memories), *further]
     alone = None
     if gm is not None and differentiates(gm):
         note = Note(Reason.OWN_GRADIENTS.name, "gradients")

@@ -27,6 +27,26 @@ class State(enum.StrEnum):
 
 
 @dataclass(frozen=True)
+class Remembered:
+    """What of a site's weight gradients is remembered from step to step, and where they arrive."""
+
+    rule: int
+    """The place of its method among the rules."""
+    weights: tuple[tuple[int, bool], ...]
+    """Per weight, the input of Dynamo's graph that it is, and whether it is [n, m], not [m, n]."""
+    outputs: tuple[int, ...]
+    """m_p of every weight."""
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any] | None) -> Remembered | None:
+        """Build one from what `dataclasses.asdict` and JSON made of it."""
+        if data is None:
+            return None
+        weights = tuple((int(place), bool(flip)) for place, flip in data["weights"])
+        return cls(data["rule"], weights, tuple(data["outputs"]))
+
+
+@dataclass(frozen=True)
 class SiteReport:
     """One projection input: compressed, or the reason why not."""
 
@@ -50,6 +70,8 @@ class SiteReport:
     detail: str = ""
     time: float | None = None
     """Of making the weight gradients, by a model of it, as a multiple of exactly; None if exact."""
+    remembered: Remembered | None = None
+    """What the method remembers from step to step; None where every step is alike."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +100,14 @@ class GraphReport:
     def from_dict(cls, data: dict[str, Any]) -> GraphReport:
         """Build a report from what `dataclasses.asdict` and JSON made of one."""
         sites = (
-            SiteReport(**{**s, "parameters": tuple(s["parameters"]), "shape": tuple(s["shape"])})
+            SiteReport(
+                **{
+                    **s,
+                    "parameters": tuple(s["parameters"]),
+                    "shape": tuple(s["shape"]),
+                    "remembered": Remembered.from_dict(s.get("remembered")),
+                }
+            )
             for s in data["sites"]
         )
         return cls(tuple(sites), tuple(Note(**n) for n in data["notes"]), State(data["state"]))
@@ -108,6 +137,12 @@ class GraphReport:
             counts = (f"{r} ×{reasons.count(r)}" for r in dict.fromkeys(reasons))
             line += f"; {len(reasons)} declined: {', '.join(counts)}"
         return line
+
+
+def memories(report: GraphReport) -> list[Remembered]:
+    """Return what is remembered for a graph, once for all sites of the same weights."""
+    found = {site.remembered for site in report.sites if site.remembered is not None}
+    return sorted(found, key=lambda each: (each.rule, each.weights))
 
 
 _LEFT_ALONE = {

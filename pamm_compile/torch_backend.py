@@ -31,6 +31,7 @@ from pamm_compile.names import names_of
 from pamm_compile.options import ONE_RULE, Base, Goal, Options
 from pamm_compile.private import aot, inductor
 from pamm_compile.recorded import RecordedReport
+from pamm_compile.remembering import period, with_memories
 from pamm_compile.report import GraphReport, Report, State
 from pamm_compile.rules import Target
 
@@ -94,10 +95,22 @@ class Backend:
         # Without Inductor no cache answers in the passes' place.
         cached = self.options.base == "inductor" and pipeline.cacheable
         recorded = RecordedReport(gm, pipeline, example_inputs) if cached else None
+        # Compiling changes the graph.
+        own = aot.with_further_inputs(gm, ()) if period(self.options) > 1 else gm
         compiled = compile_graph(
-            gm, example_inputs, pipeline, base=self.options.base, settings=chosen
+            own, example_inputs, pipeline, base=self.options.base, settings=chosen
         )
         report = recorded.settle(pipeline.report) if recorded else found(pipeline)
+        compiled = with_memories(
+            compiled,
+            gm,
+            example_inputs,
+            report,
+            self.options,
+            names.by_key,
+            self.passes,
+            chosen,
+        )
         report = with_names_told_apart(report, names, self.options)
         log.info("%s", report.summary())
         if report.sites or report.notes:

@@ -47,8 +47,23 @@ from pamm_compile.rules import parse_rules
 from pamm_compile.size import Cost, Size
 
 MODELS = ("llama-60m", "llama-350m", "llama-1b", "llama-7b")
-METHODS = ("pamm:1024", "pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125", "quantized:8")
-FLOAT8_METHODS = ("pamm:256", "pamm:64", "subspace:0.0625", "subspace:0.125", "quantized:8")
+METHODS = (
+    "pamm:1024",
+    "pamm:256",
+    "pamm:64",
+    "subspace:0.0625",
+    "subspace:0.125",
+    "gradients",
+    "quantized:8",
+)
+FLOAT8_METHODS = (
+    "pamm:256",
+    "pamm:64",
+    "subspace:0.0625",
+    "subspace:0.125",
+    "gradients",
+    "quantized:8",
+)
 HIGH_PRECISION_DW = "rowwise_with_gw_hp"
 RECIPES = (HIGH_PRECISION_DW, "rowwise", "tensorwise")
 GENERATORS = (64, 128, 256, 512)

@@ -10,12 +10,14 @@ from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm import triton
 from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.methods.quantized.method import Quantized
+from pamm_compile.methods.remembered.method import GradientSubspace
 from pamm_compile.methods.subspace.method import Subspace
 
 METHODS: dict[str, Callable[..., Method]] = {
     "pamm": Pamm,
     "subspace": Subspace,
     "quantized": Quantized,
+    "gradients": GradientSubspace,
 }
 """What rules that are written as text may name; `register_method` adds to these."""
 

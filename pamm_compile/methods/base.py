@@ -74,3 +74,46 @@ class Method(Protocol):
     def describe(self, size: Size) -> str:
         """Return what a report shows of this site in a few characters, such as "k = 64"."""
         ...
+
+
+@runtime_checkable
+class Remembering(Method, Protocol):
+    """A method that may remember something of one step's weight gradients for the next steps.
+
+        backward of every T-th step:   dW_1 … dW_p ── remember ── memory
+        the steps between:             X, memory ── store_along ── stored
+                                       stored, memory, [dZ] ── weight_gradients_along ── [dW]
+
+    `store` and `weight_gradients` are those of the first step, of every T-th, and of sites whose
+    weight gradients nobody can show; a report gives their bytes, which are the most that any step
+    keeps. Two graphs are compiled, and a backend calls one or the other.
+    """
+
+    every: int
+    """T, backward passes from one that is remembered to the next."""
+
+    def directions(self, features: int, outputs: Sequence[int]) -> int:
+        """Return the rows of the memory, [rows, n]; 0 where nothing is to be remembered."""
+        ...
+
+    def remember(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the memory, [rows, n], float32; run eagerly, outside of any graph.
+
+        Args:
+            gradients: dW_p, [m_p, n], summed over all sites that share these weights.
+        """
+        ...
+
+    def store_along(self, x: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+        """Return what is saved for the backward pass, as `store` does, the memory aside."""
+        ...
+
+    def weight_gradients_along(
+        self,
+        stored: Sequence[Tensor],
+        memory: Tensor,
+        grads: Sequence[Tensor],
+        transposed: Sequence[bool],
+    ) -> list[Tensor]:
+        """Return the weight gradients as `weight_gradients` does, of what `store_along` saved."""
+        ...

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from pamm_compile.errors import MethodError
-from pamm_compile.methods.base import Method
+from pamm_compile.methods.base import Method, Remembering
 from pamm_compile.private import aot, memory
 
 T = TypeVar("T")
@@ -36,7 +36,23 @@ def store(method: Method, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tu
         MethodError: the method failed, wrote to its arguments, or returned something else.
     """
     name = _name(method, "store")
-    stored: Any = _call(name, {"x": x, "seed": seed}, lambda: method.store(x, seed, outputs))
+    given = {"x": x, "seed": seed}
+    return _tensors(name, _call(name, given, lambda: method.store(x, seed, outputs)))
+
+
+def store_along(method: Method, x: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+    """Return what a method that remembers stores, as `store` does.
+
+    Raises:
+        MethodError: the method failed, wrote to its arguments, or returned something else.
+    """
+    assert isinstance(method, Remembering)
+    name = _name(method, "store_along")
+    given = {"x": x, "memory": memory}
+    return _tensors(name, _call(name, given, lambda: method.store_along(x, memory)))
+
+
+def _tensors(name: str, stored: Any) -> tuple[Tensor, ...]:
     if not isinstance(stored, tuple | list) or not stored:
         raise MethodError(
             f"{name} returned {_described(stored)}. It must return a tuple of at least one tensor: "
@@ -83,6 +99,38 @@ def weight_gradients(
     given = {f"stored[{i}]": each for i, each in enumerate(stored)}
     given |= {f"grads[{i}]": each for i, each in enumerate(grads)}
     made: Any = _call(name, given, lambda: method.weight_gradients(stored, grads, transposed))
+    return _matrices(name, made, grads, transposed, features)
+
+
+def weight_gradients_along(
+    method: Method,
+    stored: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    transposed: Sequence[bool],
+    features: int,
+) -> list[Tensor]:
+    """Return the weight gradients of a method that remembers, as `weight_gradients` does.
+
+    Args:
+        stored: what `store_along` returned, and the memory behind it.
+
+    Raises:
+        MethodError: the method failed, wrote to its arguments, or returned something else.
+    """
+    assert isinstance(method, Remembering)
+    name = _name(method, "weight_gradients_along")
+    *kept, memory = stored
+    given = {f"stored[{i}]": each for i, each in enumerate(kept)} | {"memory": memory}
+    given |= {f"grads[{i}]": each for i, each in enumerate(grads)}
+    made: Any = _call(
+        name, given, lambda: method.weight_gradients_along(kept, memory, grads, transposed)
+    )
+    return _matrices(name, made, grads, transposed, features)
+
+
+def _matrices(
+    name: str, made: Any, grads: Sequence[Tensor], transposed: Sequence[bool], features: int
+) -> list[Tensor]:
     if not isinstance(made, tuple | list) or len(made) != len(grads):
         count = f"{len(made)} results" if isinstance(made, tuple | list) else _described(made)
         raise MethodError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -80,6 +81,11 @@ def plain_input_key(position: int) -> str:
     return f"input:{position}"
 
 
+def plain_position(desc: object) -> int | None:
+    """Return which input of Dynamo's graph a descriptor is of; None unless it is a whole one."""
+    return int(desc.idx) if isinstance(desc, _PlainAOTInput) else None
+
+
 def gradient_key(desc: object) -> str | None:
     """Return the key of the input that an output is the gradient of; None for other outputs."""
     if isinstance(desc, _SubclassGetAttrAOTOutput):
@@ -129,6 +135,35 @@ def symbolic_inputs(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> list[Any
         node.meta.get("example_value", value)
         for node, value in zip(placeholders, inputs, strict=True)
     ]
+
+
+def with_further_inputs(
+    gm: torch.fx.GraphModule, examples: Sequence[torch.Tensor]
+) -> torch.fx.GraphModule:
+    """Return a copy of a graph that Dynamo captured, which takes more tensors, and reads none.
+
+    Args:
+        gm: as handed to a backend; left as it is.
+        examples: real tensors like those to come, behind its own inputs.
+    """
+    copied = torch.fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    for old, new in zip(gm.graph.nodes, copied.graph.nodes, strict=True):
+        # Which AOTAutograd asks for, and no copy has.
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    copied.meta.update(gm.meta)
+    own = copied.graph.find_nodes(op="placeholder")
+    values = [node.meta.get("example_value") for node in own]
+    mode = _detect_fake_mode([value for value in values if value is not None])
+    cursor = own[-1]
+    for number, example in enumerate(examples):
+        with copied.graph.inserting_after(cursor):
+            cursor = copied.graph.placeholder(f"remembered_{number}")
+        cursor._dynamo_source = None
+        if mode is not None:
+            cursor.meta["example_value"] = mode.from_tensor(example, static_shapes=True)
+    copied.recompile()
+    return copied
 
 
 def dynamo_frame() -> tuple[str, Mapping[str, object]] | None:

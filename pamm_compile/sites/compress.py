@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch.fx import Node
 
 from pamm_compile.devices import DeviceFigures
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import attention_operators
 from pamm_compile.options import Options
-from pamm_compile.report import GraphReport, Note, SiteReport
+from pamm_compile.private import aot
+from pamm_compile.report import GraphReport, Note, Remembered, SiteReport, memories
 from pamm_compile.sites.choose import Candidate, choose
 from pamm_compile.sites.cost import saved_time
 from pamm_compile.sites.decide import Decision, Plan, decide, is_returned
 from pamm_compile.sites.nested import nested_declines
 from pamm_compile.sites.reasons import Decline
+from pamm_compile.sites.remembered import remembered
 from pamm_compile.sites.rewrite import rewrite
 
 
@@ -24,10 +29,13 @@ class CompressInputs:
     Attributes:
         options: rules, goal, siblings, min_tokens and seed are read.
         gpu: what reported times are of; None for the device at hand.
+        memories: the input of Dynamo's graph from which on it takes what methods remember, in the
+            order of `report.memories`; None where nothing is remembered yet.
     """
 
     options: Options
     gpu: DeviceFigures | None = None
+    memories: int | None = None
 
     @property
     def name(self) -> str:
@@ -37,16 +45,32 @@ class CompressInputs:
     @property
     def fingerprint(self) -> str:
         """The options, and what counts as attention."""
-        return "\n".join([self.options.fingerprint, *attention_operators()])
+        return "\n".join([self.options.fingerprint, repr(self.memories), *attention_operators()])
 
     def __call__(self, joint: JointGraph, *, apply: bool) -> GraphReport:
         """Run over a joint graph."""
         decision = self.decide(joint)
         decision.declines.extend((None, remark) for remark in nested_declines(joint))
-        report = _report(joint, decision, self.gpu)
+        known = {id(p): remembered(joint, p, self.options.rules) for p in decision.accepted}
+        report = _report(joint, decision, known, self.gpu)
         if apply:
-            rewrite(joint.graph, decision.accepted, self.options.seed)
+            along = {} if self.memories is None else self._memories(joint, known, report)
+            rewrite(joint.graph, decision.accepted, self.options.seed, along)
         return report
+
+    def _memories(
+        self, joint: JointGraph, known: Mapping[int, Remembered | None], report: GraphReport
+    ) -> dict[int, Node]:
+        """Return the input that holds what is remembered of a plan, by `id` of the plan."""
+        assert self.memories is not None
+        order = memories(report)
+        placeholders = joint.graph.find_nodes(op="placeholder")
+        places = {aot.plain_position(n.meta.get("desc")): n for n in placeholders}
+        return {
+            plan: places[self.memories + order.index(each)]
+            for plan, each in known.items()
+            if each is not None
+        }
 
     def decide(self, joint: JointGraph) -> Decision:
         """Return what it would do."""
@@ -54,16 +78,26 @@ class CompressInputs:
         return decide(joint, choice, self.options)
 
 
-def _report(joint: JointGraph, decision: Decision, gpu: DeviceFigures | None) -> GraphReport:
+def _report(
+    joint: JointGraph,
+    decision: Decision,
+    known: Mapping[int, Remembered | None],
+    gpu: DeviceFigures | None,
+) -> GraphReport:
     order: list[tuple[Candidate, Decline | None]] = [(plan, None) for plan in decision.accepted]
     order += [(each, decline) for each, decline in decision.declines if each is not None]
     order.sort(key=lambda pair: pair[0].site.input)
     notes = [Note(d.reason.name, d.what, d.detail) for each, d in decision.declines if each is None]
-    return GraphReport(tuple(_site(joint, *pair, gpu) for pair in order), tuple(notes))
+    sites = (_site(joint, *pair, known.get(id(pair[0])), gpu) for pair in order)
+    return GraphReport(tuple(sites), tuple(notes))
 
 
 def _site(
-    joint: JointGraph, candidate: Candidate, decline: Decline | None, gpu: DeviceFigures | None
+    joint: JointGraph,
+    candidate: Candidate,
+    decline: Decline | None,
+    known: Remembered | None,
+    gpu: DeviceFigures | None,
 ) -> SiteReport:
     size, method = candidate.size, candidate.method
     stays = isinstance(candidate, Plan) and candidate.also_read_by
@@ -80,6 +114,7 @@ def _site(
         reason=decline.reason.name if decline else None,
         detail=_detail(joint, candidate, decline),
         time=None if decline or not size.outputs else 1 - saved_time(method, size, gpu),
+        remembered=known,
     )
 
 

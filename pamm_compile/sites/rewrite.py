@@ -3,11 +3,14 @@
 forward:   X ─┬─ mm(X, Wqᵀ) …  unchanged
               └─ seed ── method.store(X, seed) ── stored                      saved: stored
 backward:  stored, [dQ, dK, dV] ── method.weight_gradients ── dWq, dWk, dWv
+
+Where something is remembered, method.store_along(X, memory) takes the place of the first, and
+method.weight_gradients_along(stored, memory, …) that of the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,15 +28,16 @@ from pamm_compile.sites.cost import size_of
 from pamm_compile.sites.decide import Plan
 
 
-def rewrite(graph: Graph, plans: Sequence[Plan], salt: int) -> None:
+def rewrite(graph: Graph, plans: Sequence[Plan], salt: int, memories: Mapping[int, Node]) -> None:
     """Rewrite the sites of a joint graph in place.
 
     Args:
         graph: the joint graph.
         plans: accepted sites with their methods, in graph order.
         salt: another one draws other samples from the same activations.
+        memories: what is remembered of a plan, by its `id`, for plans of which something is.
     """
-    rewriter = _Rewriter(graph, plans, salt)
+    rewriter = _Rewriter(graph, plans, salt, memories)
     for number, plan in enumerate(plans):
         rewriter.replace_gradients(plan, rewriter.store(plan, number))
     if plans:
@@ -68,7 +72,10 @@ class Addition:
 
 
 class _Rewriter:
-    def __init__(self, graph: Graph, plans: Sequence[Plan], salt: int) -> None:
+    def __init__(
+        self, graph: Graph, plans: Sequence[Plan], salt: int, memories: Mapping[int, Node]
+    ) -> None:
+        self._memories = memories
         self._inserter = Inserter(graph)
         self._graph = graph
         # One hash per graph and device: a reduction at every site would cost a launch at each.
@@ -89,6 +96,8 @@ class _Rewriter:
         """Insert what the forward pass keeps in place of a site's input."""
         x, method, flip = plan.site.input, plan.method, plan.site.in_columns
         outputs = size_of(plan.site).outputs
+        if memory := self._memories.get(id(plan)):
+            return self._store_along(plan, memory)
         device = value(x).device
         seed = self._seeds[device][number]
 
@@ -97,6 +106,17 @@ class _Rewriter:
 
         key = ("store", id(method), outputs, flip)
         stored, cursor = self._inserter.insert(max(x, seed), store, [x, seed], FORWARD, key)
+        self._inserter.keep_for_backward(stored, cursor)
+        return stored
+
+    def _store_along(self, plan: Plan, memory: Node) -> list[Node]:
+        x, method, flip = plan.site.input, plan.method, plan.site.in_columns
+
+        def store(x: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+            return checked.store_along(method, _matrix(x).t() if flip else _matrix(x), memory)
+
+        key = ("store along", id(method), flip)
+        stored, cursor = self._inserter.insert(max(x, memory), store, [x, memory], FORWARD, key)
         self._inserter.keep_for_backward(stored, cursor)
         return stored
 
@@ -110,11 +130,16 @@ class _Rewriter:
         extras = tuple(Addition.of(g.extra) for g in gradients)
         addends = [g.extra.addend for g in gradients if g.extra.addend is not None]
         features = value(plan.site.input).shape[-2 if plan.site.in_columns else -1]
-        function = _replacement(method, len(stored), features, flips, transposed, vals, extras)
+        memory = self._memories.get(id(plan))
+        given = list(stored) if memory is None else [*stored, memory]
+        along = memory is not None
+        function = _replacement(
+            method, len(given), features, flips, transposed, vals, extras, along
+        )
         shapes = tuple((str(v.shape), v.dtype) for v in vals)
-        key = ("gradients", id(method), flips, transposed, len(stored), shapes, extras)
+        key = ("gradients", id(method), flips, transposed, len(stored), shapes, extras, along)
         last = max(g.node for g in gradients)
-        new, _ = self._inserter.insert(last, function, [*stored, *grads, *addends], BACKWARD, key)
+        new, _ = self._inserter.insert(last, function, [*given, *grads, *addends], BACKWARD, key)
         for gradient, node in zip(gradients, new, strict=True):
             replace_node(self._graph, gradient.node, node)
 
@@ -127,12 +152,15 @@ def _replacement(
     transposed: Sequence[bool],
     vals: Sequence[Tensor],
     extras: Sequence[Addition],
+    along: bool,
 ) -> Callable[..., list[Tensor]]:
+    make = checked.weight_gradients_along if along else checked.weight_gradients
+
     def replacement(*tensors: Tensor) -> list[Tensor]:
         stored, dz = tensors[:kept], tensors[kept : kept + len(flips)]
         addends = iter(tensors[kept + len(flips) :])
         grads = [_matrix(z).t() if flip else _matrix(z) for z, flip in zip(dz, flips, strict=True)]
-        results = checked.weight_gradients(method, stored, grads, transposed, features)
+        results = make(method, stored, grads, transposed, features)
         products = [r.to(v.dtype).reshape(v.shape) for r, v in zip(results, vals, strict=True)]
         return [extra.apply(r, addends) for r, extra in zip(products, extras, strict=True)]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pamm_compile import Method, Pamm, Quantized, Subspace
+from pamm_compile import GradientSubspace, Method, Pamm, Quantized, Subspace
 from pamm_compile.methods.pamm.compression import compress
 from pamm_compile.methods.sampling import sample_rows
 
@@ -24,6 +24,7 @@ METHODS = (
     Subspace(N),
     Subspace(N, bits=8),
     Quantized(8),
+    GradientSubspace(),
     Quantized(4),
     Quantized(8, float8=True),
 )

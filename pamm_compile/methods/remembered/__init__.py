@@ -1,0 +1,1 @@
+"""Directions that are remembered from the weight gradients of an earlier step."""

@@ -1,0 +1,185 @@
+"""Directions of an earlier weight gradient, along which the next steps make theirs.
+
+    every T-th step:    X ── 8 bits ── dW, nearly exact ── Q [r, n], its top right singular vectors
+    the steps between:  A = X Qᵀ [b, r]                                               saved
+                        dW ≈ (dZᵀ A) Q
+
+No step looks for directions in X: they come from a gradient that had to be made anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pamm_compile import checks
+from pamm_compile.devices import DeviceFigures, predicted_seconds
+from pamm_compile.methods.quantized.method import Quantized
+from pamm_compile.size import Cost, Size
+
+_MULTIPLE = 8
+_ITERATIONS = 2
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class GradientSubspace:
+    """Makes dW along the top directions of an earlier dW: dW ≈ (dZᵀ X Qᵀ) Q.
+
+    Equivalent to, at the first backward pass and every `every`-th after it,
+
+        dW = dZ.T @ X                               # X kept in 8 bits
+        Q = torch.linalg.svd(dW).Vh[:r]             # of all projections that read X together
+
+    and between these:
+
+        A = X @ Q.T                                 # kept in place of X
+        dW = dZ.T @ A @ Q
+
+    What is remembered belongs to the parameters of the model that trains, in this process: the
+    first backward pass after a start or a resume is a nearly exact one. Under DDP every rank
+    remembers its own directions. A site stays at 8 bits in every step where its weight gradients
+    are no whole gradients of parameters, as where a weight is computed, cut or merged.
+
+    Args:
+        rank: r, directions kept: a share of min(features, outputs of all projections) in (0, 1),
+            rounded up to a multiple of 8, or a number of at least 1.
+        every: T, backward passes of a graph from one nearly exact gradient to the next, at least 2.
+
+    Raises:
+        InvalidOptionError: a value is not allowed.
+
+    Source: the subspace is that of J. Zhao et al., GaLore, arXiv 2403.03507, section 3; there the
+        gradient is made exactly and then projected.
+    """
+
+    rank: float = 0.125
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        allowed = f"a share in (0, 1) or an integer of at least 1 and at most {checks.MOST}"
+        hint = "0.1 keeps a tenth of the directions, 64 keeps 64."
+        rank = checks.number("rank", self.rank, allowed, hint)
+        if not (0 < rank < 1 or (1 <= rank <= checks.MOST and rank.is_integer())):
+            raise checks.refusal("rank", self.rank, allowed, hint)
+        object.__setattr__(self, "rank", int(rank) if rank >= 1 else rank)
+        hint = "10 makes every tenth weight gradient nearly exactly."
+        object.__setattr__(self, "every", checks.integer("every", self.every, 2, hint))
+
+    @property
+    def fingerprint(self) -> str:
+        """Everything that changes what is traced."""
+        return repr((self.rank, self.every))
+
+    @property
+    def _whole(self) -> Quantized:
+        return Quantized(8)
+
+    def directions(self, features: int, outputs: Sequence[int]) -> int:
+        """Return r for an input and its projections; 0 where there is nothing to leave out."""
+        wanted = self.rank
+        if self.rank < 1:
+            share = math.ceil(self.rank * min(features, sum(outputs)))
+            wanted = -(-share // _MULTIPLE) * _MULTIPLE
+        return int(wanted) if wanted < features else 0
+
+    def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
+        """Return X in 8 bits, as `Quantized(8)` does."""
+        return self._whole.store(x, seed, outputs)
+
+    def weight_gradients(
+        self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
+    ) -> list[Tensor]:
+        """Return dW of every projection, of X in 8 bits."""
+        return self._whole.weight_gradients(stored, grads, transposed)
+
+    def store_along(self, x: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+        """Return A = X Qᵀ, [b, r]."""
+        return (x.to(memory.dtype) @ memory.T,)
+
+    def weight_gradients_along(
+        self,
+        stored: Sequence[Tensor],
+        memory: Tensor,
+        grads: Sequence[Tensor],
+        transposed: Sequence[bool],
+    ) -> list[Tensor]:
+        """Return dW of every projection, (dZᵀ A) Q, with one matmul by Q for all."""
+        (along,) = stored
+        parts = [grad.to(along.dtype).T @ along for grad in grads]
+        whole = (torch.cat(parts) if len(parts) > 1 else parts[0]) @ memory
+        made = whole.split([part.shape[0] for part in parts])
+        return [
+            (each.T if flip else each).to(grad.dtype)
+            for each, grad, flip in zip(made, grads, transposed, strict=True)
+        ]
+
+    def remember(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return Q, [r, n], float32: orthonormal, by subspace iteration on all dW together.
+
+        Args:
+            gradients: dW_p, [m_p, n].
+        """
+        # A weight counts by what is left out of its own gradient: optimizers such as Adam move all
+        # alike, and the gradients of V would leave no direction to those of Q and K.
+        whole = torch.cat([_of_unit_size(grad.float()) for grad in gradients])
+        r = self.directions(whole.shape[1], [whole.shape[0]])
+        start = torch.randn(len(whole), r, generator=torch.Generator().manual_seed(_SEED))
+        basis: Tensor = torch.linalg.qr(whole.T @ start.to(whole.device)).Q
+        for _ in range(_ITERATIONS):
+            basis = torch.linalg.qr(whole.T @ (whole @ basis)).Q
+        return basis.T.contiguous()
+
+    def stored_bytes(self, size: Size) -> int:
+        """Return the bytes of X in 8 bits: what steps between keep is less."""
+        return self._whole.stored_bytes(size)
+
+    def _along(self, size: Size) -> Cost:
+        b, n, m, item = size.tokens, size.features, sum(size.outputs), size.dtype.itemsize
+        r, p = self.directions(n, size.outputs), len(size.outputs)
+        store = Cost(2 * b * n * r, (b * n + b * r + r * n) * item, 1)
+        moved = (b * m + p * b * r + 2 * m * r + n * r + n * m) * item
+        return store + Cost(2 * b * r * m + 2 * m * r * n, moved, p + (2 if p > 1 else 1))
+
+    def cost(self, size: Size) -> Cost:
+        """Return the mean cost of a step: one of T in 8 bits, the others along the directions."""
+        whole = self._whole.cost(size)
+        if not self.directions(size.features, size.outputs):
+            return whole
+        along, t = self._along(size), self.every
+        return Cost(
+            (whole.flops + (t - 1) * along.flops) // t,
+            (whole.bytes + (t - 1) * along.bytes) // t,
+            round((whole.launches + (t - 1) * along.launches) / t),
+            whole.wide_flops // t,
+        )
+
+    def predicted_seconds(self, size: Size, device: DeviceFigures) -> float:
+        """Return a model's time of a mean step of one site; finding Q is left out.
+
+        Of r directions that is 12 m n r operations and three factorisations in T steps.
+        """
+        whole = self._whole.predicted_seconds(size, device)
+        if not self.directions(size.features, size.outputs):
+            return whole
+        along = predicted_seconds(self._along(size), device, size.dtype)
+        return (whole + (self.every - 1) * along) / self.every
+
+    def describe(self, size: Size) -> str:
+        """Return r and how often X itself is kept."""
+        r = self.directions(size.features, size.outputs)
+        whole = self._whole.describe(size)
+        return f"r = {r}, every {self.every}th {whole}" if r else whole
+
+
+def _of_unit_size(grad: Tensor) -> Tensor:
+    grad = grad.nan_to_num(0.0, 0.0, 0.0)
+    # In two steps: squares of what is very large or very small would leave float32.
+    for size in (torch.amax, torch.linalg.vector_norm):
+        scale = size(grad.abs())
+        grad = grad / torch.where(scale > 0, scale, 1.0)
+    return grad

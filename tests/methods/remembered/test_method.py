@@ -1,0 +1,144 @@
+"""Directions of an earlier weight gradient, as plain functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pamm_compile import GradientSubspace, InvalidOptionError, Quantized, Size
+from pamm_compile.devices import device_named, exact_seconds, site_seconds
+from pamm_compile.methods.base import Method, Remembering
+from pamm_compile.rules import parse_rules
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def on_directions(m: int, n: int, rank: int, seed: int = 0) -> Tensor:
+    """A gradient of so many directions, the first the largest."""
+    sizes = torch.arange(rank, 0, -1).float()
+    return (normal(seed, m, rank) * sizes) @ torch.linalg.qr(normal(seed + 1, n, rank)).Q.T
+
+
+def test_it_is_a_method_that_remembers() -> None:
+    assert isinstance(GradientSubspace(), Method)
+    assert isinstance(GradientSubspace(), Remembering)
+    assert not isinstance(Quantized(), Remembering)
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [
+        ("linear=gradients", GradientSubspace()),
+        ("linear=gradients:0.25", GradientSubspace(0.25)),
+        ("linear=gradients:64:every=5", GradientSubspace(64, every=5)),
+    ],
+)
+def test_rules_name_it(text: str, method: GradientSubspace) -> None:
+    assert parse_rules(text)[0].method == method
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 0}, {"rank": 1.5}, {"every": 1}, {"every": 2.5}, {"rank": True}]
+)
+def test_options_are_checked(options: dict[str, float]) -> None:
+    with pytest.raises(InvalidOptionError, match=next(iter(options))):
+        GradientSubspace(**options)  # type: ignore[arg-type]
+
+
+def test_options_are_in_the_fingerprint() -> None:
+    methods = [GradientSubspace(), GradientSubspace(0.25), GradientSubspace(every=5)]
+    assert len({method.fingerprint for method in methods}) == 3
+
+
+def test_what_a_gradient_spans_is_remembered() -> None:
+    gradient = on_directions(96, 64, 8)
+    memory = GradientSubspace(8).remember([gradient])
+    assert memory.shape == (8, 64)
+    assert torch.allclose(memory @ memory.T, torch.eye(8), atol=1e-5)
+    assert torch.allclose(gradient @ memory.T @ memory, gradient, atol=1e-4)
+
+
+def test_it_is_nearly_the_best_of_so_many_directions() -> None:
+    gradient = on_directions(96, 64, 32)
+    memory = GradientSubspace(8).remember([gradient])
+    sizes = torch.linalg.svdvals(gradient)
+    left = float((gradient - gradient @ memory.T @ memory).norm())
+    assert left < 1.06 * float(sizes[8:].norm())
+
+
+def test_a_large_gradient_takes_no_directions_from_a_small_one() -> None:
+    small, large = on_directions(48, 64, 4), 1e4 * on_directions(48, 64, 8, seed=7)
+    memory = GradientSubspace(8).remember([small, large])
+    kept = small @ memory.T @ memory
+    assert float((kept - small).norm() / small.norm()) < 0.6
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_sizes_do_not_matter(scale: float) -> None:
+    gradient = on_directions(32, 24, 4)
+    memories = [GradientSubspace(4).remember([each]) for each in (gradient, scale * gradient)]
+    assert torch.allclose(memories[0].T @ memories[0], memories[1].T @ memories[1], atol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_of_any_gradient_the_memory_is_orthonormal(value: float) -> None:
+    memory = GradientSubspace(4).remember([torch.full((16, 24), value)])
+    assert torch.allclose(memory @ memory.T, torch.eye(4), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("flip", [False, True])
+def test_gradients_are_made_along_the_memory(dtype: torch.dtype, flip: bool) -> None:
+    method, x = GradientSubspace(8), normal(0, 40, 24, dtype=dtype)
+    grads = [normal(p, 40, m, dtype=dtype) for p, m in enumerate((16, 32), 1)]
+    memory = method.remember([g.float().T @ x.float() for g in grads]).to(dtype)
+    stored = method.store_along(x, memory)
+    assert [tuple(each.shape) for each in stored] == [(40, 8)]
+    made = method.weight_gradients_along(stored, memory, grads, [flip, False])
+    for grad, dw, is_flipped in zip(grads, made, (flip, False), strict=True):
+        wanted = grad.double().T @ x.double() @ memory.double().T @ memory.double()
+        found = (dw.T if is_flipped else dw).double()
+        assert float((found - wanted).norm() / wanted.norm()) < 20 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_the_gradient(value: float) -> None:
+    method, x = GradientSubspace(4), normal(0, 20, 12)
+    memory = method.remember([normal(1, 16, 12)])
+    x[3, 5] = value
+    made = method.weight_gradients_along(
+        method.store_along(x, memory), memory, [normal(2, 20, 16)], [False]
+    )
+    assert not bool(made[0].isfinite().any())
+
+
+def test_without_a_memory_it_is_eight_bits() -> None:
+    x, grads = normal(0, 64, 32), [normal(1, 64, 16)]
+    made = []
+    for method in (GradientSubspace(), Quantized(8)):
+        stored = method.store(x, torch.tensor(1), [16])
+        made.append(method.weight_gradients(stored, grads, [False])[0])
+    assert torch.equal(*made)
+
+
+def test_bytes_are_the_most_of_any_step() -> None:
+    size = Size(256, 64, (64,), torch.float32)
+    assert GradientSubspace().stored_bytes(size) == Quantized(8).stored_bytes(size)
+
+
+def test_there_is_nothing_to_remember_of_as_many_directions_as_features() -> None:
+    assert GradientSubspace(64).directions(64, [64]) == 0
+    size = Size(256, 64, (64,), torch.float32)
+    assert GradientSubspace(64).cost(size) == Quantized(8).cost(size)
+    assert GradientSubspace(64).describe(size) == "8 bits"
+
+
+def test_the_model_of_an_h100_prefers_it_to_exact_gradients() -> None:
+    device = device_named("h100")
+    size = Size(16384, 2048, (2048, 2048, 2048), torch.bfloat16, "cuda")
+    often, seldom = (site_seconds(GradientSubspace(every=every), size, device) for every in (2, 10))
+    assert seldom < often
+    assert seldom < 0.5 * exact_seconds(size, device)

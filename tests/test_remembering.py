@@ -1,0 +1,258 @@
+"""Two graphs in place of one: which runs when, and what is remembered of which parameters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pamm_compile
+from pamm_compile import GradientSubspace
+from pamm_compile.report import GraphReport, memories
+
+METHOD = GradientSubspace(8, every=3)
+WIDTH = 32
+
+
+class Block(nn.Module):
+    """Attention and an MLP; the input of `o` stays saved for attention's own gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.o = nn.Linear(WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, 2 * WIDTH, bias=False)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, WIDTH // 2).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + self.o(mixed.transpose(1, 2).reshape(x.shape)).tanh()
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+def backend(**options: Any) -> pamm_compile.Backend:
+    given: dict[str, Any] = {"rules": {"linear": METHOD}, "goal": "any", "min_tokens": 1}
+    return pamm_compile.backend(**{"base": "aot_eager", **given, **options})
+
+
+def batch(step: int) -> Tensor:
+    return torch.randn(4, 16, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], step: int) -> dict[str, Tensor]:
+    model.zero_grad()
+    x = batch(step).requires_grad_()
+    call(x).square().sum().backward()
+    assert x.grad is not None
+    named = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {**named, "input": x.grad}
+
+
+def error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def weights(of: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is compressed of them."""
+    kept = ("qkv.weight", "up.weight", "down.weight")
+    return {name: each for name, each in of.items() if name.endswith(kept)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+
+
+def test_every_third_pass_is_whole_and_those_between_are_along_the_last() -> None:
+    model, used = Block(), backend()
+    compiled = torch.compile(model, backend=used)
+    basis: dict[str, Tensor] = {}
+    for step in range(7):
+        found, exact = gradients(model, compiled, step), gradients(model, model, step)
+        for name, dw in weights(found).items():
+            if step % 3 == 0:
+                assert 0 < error(dw, exact[name]) < 0.02, (step, name)
+                basis[name] = METHOD.remember([dw])
+            else:
+                wanted = exact[name] @ basis[name].T @ basis[name]
+                assert error(dw, wanted) < 1e-4, (step, name)
+                assert error(dw, exact[name]) > 0.1
+        for name in found.keys() - weights(found).keys():
+            assert torch.equal(found[name], exact[name]), (step, name)
+    assert len(used.report.compressed) == 3
+    assert all(site.method.startswith("r = 8, every 3th") for site in used.report.compressed)
+
+
+def test_the_output_is_exact_in_every_step() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=backend())
+    for step in range(5):
+        out = compiled(batch(step))
+        assert torch.equal(out, model(batch(step)))
+        out.sum().backward()
+
+
+def test_blocks_that_share_code_remember_apart() -> None:
+    model = nn.Sequential(Block(), Block())
+    compiled = nn.Sequential(*(torch.compile(block, backend=backend()) for block in model))
+    gradients(model, compiled, 0)
+    exact, found = gradients(model, model, 0), gradients(model, compiled, 0)
+    for name, dw in weights(found).items():
+        # Of the very gradient that is remembered, little is lost; of another block's, nearly all.
+        kept = exact[name] @ METHOD.remember([exact[name]]).T
+        lost = 1 - float(kept.square().sum() / exact[name].square().sum())
+        assert error(dw, exact[name]) ** 2 < lost + 0.02
+
+
+def test_a_copy_begins_anew() -> None:
+    model, used = Block(), backend()
+    compiled = torch.compile(model, backend=used)
+    for step in range(2):
+        gradients(model, compiled, step)
+    other = copy.deepcopy(model)
+    found = gradients(other, torch.compile(other, backend=used), 5)
+    exact = gradients(other, other, 5)
+    assert max(error(dw, exact[name]) for name, dw in weights(found).items()) < 0.02
+
+
+def test_gradients_that_are_not_finite_are_not_remembered() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=backend())
+    first, *_ = [gradients(model, compiled, step) for step in range(3)]
+    model.zero_grad()
+    (compiled(batch(3).requires_grad_()) * float("inf")).sum().backward()
+    assert not bool(model.up.weight.grad.isfinite().all())  # type: ignore[union-attr]
+    found, exact = gradients(model, compiled, 4), gradients(model, model, 4)
+    basis = METHOD.remember([first["up.weight"]])
+    wanted = exact["up.weight"] @ basis.T @ basis
+    assert error(found["up.weight"], wanted) < 1e-3
+
+
+def test_a_block_that_is_recomputed_from_outside_runs_the_same_graph_twice() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=backend())
+
+    def call(x: Tensor) -> Tensor:
+        return checkpoint(compiled, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    for step in range(5):
+        found, exact = gradients(model, call, step), gradients(model, model, step)
+        assert (error(found["up.weight"], exact["up.weight"]) < 0.02) == (step % 3 == 0)
+
+
+def test_a_weight_that_two_sites_share_is_remembered_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(x[:2]) * 2 + self.block(x[2:]).tanh()
+
+    model, used = Twice(), backend()
+    compiled = torch.compile(model, backend=used)
+    first = gradients(model, compiled, 0)
+    found, exact = gradients(model, compiled, 1), gradients(model, model, 1)
+    for name, dw in weights(found).items():
+        basis = METHOD.remember([first[name]])
+        assert error(dw, exact[name] @ basis.T @ basis) < 1e-3
+    assert len(memories(GraphReport(tuple(used.report.compressed)))) == 3
+
+
+class Scaled(nn.Module):
+    """A linear layer whose weight is made in the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.block(x), self.weight * 2).tanh()
+
+
+def test_a_weight_that_is_computed_is_whole_in_every_step() -> None:
+    model = Scaled()
+    compiled = torch.compile(model, backend=backend())
+    for step in range(2):
+        found, exact = gradients(model, compiled, step), gradients(model, model, step)
+    assert error(found["weight"], exact["weight"]) < 0.02
+    assert error(found["block.up.weight"], exact["block.up.weight"]) > 0.1
+
+
+def test_a_transposed_square_weight_is_told_from_its_transpose() -> None:
+    class Columns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+            self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH) / 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.block(x) @ self.weight).tanh()
+
+    model = Columns()
+    compiled = torch.compile(model, backend=backend())
+    first = gradients(model, compiled, 0)
+    found, exact = gradients(model, compiled, 1), gradients(model, model, 1)
+    basis = METHOD.remember([first["weight"].T])
+    assert error(found["weight"].T, exact["weight"].T @ basis.T @ basis) < 1e-3
+
+
+def test_passes_of_others_are_not_counted() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=backend())
+    gradients(model, compiled, 0)
+    for step in range(5):
+        gradients(model, model, step)
+    found, exact = gradients(model, compiled, 1), gradients(model, model, 1)
+    assert error(found["up.weight"], exact["up.weight"]) > 0.1
+
+
+def test_without_gradients_the_graph_is_left_alone() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=backend())
+    with torch.no_grad():
+        assert torch.equal(compiled(batch(0)), model(batch(0)))
+
+
+def test_reports_travel_as_json() -> None:
+    model, used = Block(), backend()
+    gradients(model, torch.compile(model, backend=used), 0)
+    (graph,) = (each for each in used.report.graphs if each.training)
+    assert GraphReport.from_dict(graph.to_dict()) == graph
+    assert len(memories(graph)) == 3
+
+
+def test_sizes_may_vary() -> None:
+    model, used = Block(), backend()
+    compiled = torch.compile(model, backend=used, dynamic=True)
+    for count in (4, 3, 2):
+        made = []
+        for call in (compiled, model):
+            model.zero_grad()
+            call(batch(count)[:count].clone().requires_grad_()).square().sum().backward()
+            assert model.up.weight.grad is not None
+            made.append(model.up.weight.grad.clone())
+        if count == 4:
+            basis = METHOD.remember([made[0]])
+        else:
+            assert error(made[0], made[1] @ basis.T @ basis) < 1e-3
+    assert len(used.report.graphs) == 1
+
+
+@pytest.mark.everything
+def test_generated_code_remembers() -> None:
+    model = Block()
+    compiled = torch.compile(model, backend=backend(base="inductor"))
+    first = gradients(model, compiled, 0)
+    found, exact = gradients(model, compiled, 1), gradients(model, model, 1)
+    for name, dw in weights(found).items():
+        basis = METHOD.remember([first[name]])
+        assert error(dw, exact[name] @ basis.T @ basis) < 1e-3
