@@ -22,11 +22,11 @@ from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.observe import Observation, ObserveSites
 from pamm_compile.inspect.undisturbed import refuse_without_values, undisturbed
 from pamm_compile.methods import checked
-from pamm_compile.methods.base import Method
+from pamm_compile.methods.base import Method, Remembering
 from pamm_compile.methods.sampling import content_seed
 from pamm_compile.names import Names
 from pamm_compile.rules import Rule, make_rules
-from pamm_compile.size import exact_cost
+from pamm_compile.size import Size, exact_cost
 from pamm_compile.targets import TARGETS
 
 _LOSS_HINT = "pass loss=lambda output: … that makes a scalar of what the model returns."
@@ -51,6 +51,10 @@ class SiteFidelity:
     noise: float
     cosine: float
     """Of dŴ and dW, mean over draws."""
+    lasting: float
+    """The share that is kept of what gradients of different tokens have in common: ⟨dŴ, dW′⟩ by
+    ⟨dW, dW′⟩, with dW and dW′ each of a third of the tokens. Most of the gradient of one batch is
+    noise of its own, which a method may lose for nothing. NaN where they have nothing in common."""
     bytes_exact: int
     bytes_stored: int
     flops_saved: float
@@ -95,7 +99,8 @@ class Fidelity:
 
     def text(self, *, sites: bool = True) -> str:
         """Return a table, a line a site and method, or a line a target and method."""
-        header = ("site", "method", "error", "bias", "noise", "cosine", "stored", "FLOPs saved")
+        parts = ("error", "bias", "noise", "cosine", "lasting", "stored", "FLOPs saved")
+        header = ("site", "method", *parts)
         if sites:
             lines = [_line(", ".join(row.parameters), [row]) for row in self.sites]
         else:
@@ -162,6 +167,7 @@ def fidelity(
 
     Equivalent to running forward and backward once, exactly, and comparing at every input X of
     projections `method.weight_gradients(method.store(X, seed), [dZ])` with dZᵀX for several seeds.
+    A method that remembers does so of the first third of the tokens, and is compared on the others.
     Everything that this changes is restored. Hooks of modules run once, hooks on gradients of
     parameters do not run. Like `explain` it resets Dynamo.
 
@@ -225,21 +231,53 @@ def fidelity(
     return Fidelity([row for _, row in sorted(rows, key=lambda pair: pair[0])], draws)
 
 
-def _compare(observation: Observation, method: Method, draws: int) -> SiteFidelity:
-    x, grads, size = observation.x, observation.gradients, observation.size
-    exact = _flat([grad.T @ x for grad in grads])
-    norm = exact.norm()
-    squares, cosines, total = [], [], torch.zeros_like(exact)
-    for draw in range(draws):
+@dataclass(frozen=True)
+class _Tokens:
+    """X [b, n] and dZ [b, m_p] of some tokens of a site."""
+
+    x: Tensor
+    grads: Sequence[Tensor]
+
+    def exact(self) -> list[Tensor]:
+        return [grad.T @ self.x for grad in self.grads]
+
+    def thirds(self) -> list[_Tokens]:
+        parts = zip(*(each.tensor_split(3) for each in (self.x, *self.grads)), strict=True)
+        return [_Tokens(x, grads) for x, *grads in parts]
+
+
+def _made(method: Method, tokens: _Tokens, size: Size, draw: int, before: _Tokens) -> Tensor:
+    """Return a method's weight gradients; one that remembers does so of the tokens before."""
+    x, kept = tokens.x, [False] * len(tokens.grads)
+    if isinstance(method, Remembering) and method.directions(size.features, size.outputs):
+        memory = method.remember(before.exact()).to(x.dtype)
+        stored = (*checked.store_along(method, x, memory), memory)
+        make = checked.weight_gradients_along
+    else:
         stored = checked.store(method, x, content_seed(x, draw), size.outputs)
-        kept = [False] * len(grads)
-        found = _flat(checked.weight_gradients(method, stored, grads, kept, size.features))
+        make = checked.weight_gradients
+    return _flat(make(method, stored, tokens.grads, kept, size.features))
+
+
+def _compare(observation: Observation, method: Method, draws: int) -> SiteFidelity:
+    size, all_tokens = observation.size, _Tokens(observation.x, observation.gradients)
+    before, now, later = all_tokens.thirds()
+    # What is remembered has to be of other tokens than those it is used for.
+    first = len(before.x) if isinstance(method, Remembering) else 0
+    compared = _Tokens(all_tokens.x[first:], [grad[first:] for grad in all_tokens.grads])
+    exact, other = _flat(compared.exact()), _flat(later.exact())
+    norm = exact.norm()
+    squares, cosines, total, common = [], [], torch.zeros_like(exact), []
+    for draw in range(draws):
+        found = _made(method, compared, size, draw, before)
         total += found
         squares.append(_ratio((found - exact).norm(), norm) ** 2)
         cosines.append(_ratio(found @ exact, found.norm() * norm))
+        common.append(float(_made(method, now, size, draw, before) @ other))
     error, of_mean = statistics.fmean(squares), _ratio((total / draws - exact).norm(), norm) ** 2
     # The mean of D draws still has 1/D of the noise: E‖mean − exact‖² = bias² + noise²/D.
     noise = max(0.0, error - of_mean) * draws / (draws - 1) if draws > 1 else math.nan
+    in_common = float(_flat(now.exact()) @ other)
     return SiteFidelity(
         parameters=observation.parameters,
         target=observation.target,
@@ -250,6 +288,7 @@ def _compare(observation: Observation, method: Method, draws: int) -> SiteFideli
         bias=max(0.0, error - noise) ** 0.5 if draws > 1 else math.nan,
         noise=noise**0.5,
         cosine=statistics.fmean(cosines),
+        lasting=statistics.fmean(common) / in_common if in_common > 0 else math.nan,
         bytes_exact=size.bytes,
         bytes_stored=method.stored_bytes(size),
         flops_saved=1 - method.cost(size).flops / exact_cost(size).flops,
@@ -288,6 +327,12 @@ def root_mean_square(errors: Iterable[float]) -> float:
     return math.sqrt(statistics.fmean(error**2 for error in errors))
 
 
+def _median(shares: Iterable[float]) -> float:
+    """Return the median of what is known; NaN of nothing."""
+    known = [share for share in shares if not math.isnan(share)]
+    return statistics.median(known) if known else math.nan
+
+
 def _line(name: str, rows: Sequence[SiteFidelity]) -> tuple[str, ...]:
     stored, exact = sum(r.bytes_stored for r in rows), sum(r.bytes_exact for r in rows)
     return (
@@ -298,6 +343,7 @@ def _line(name: str, rows: Sequence[SiteFidelity]) -> tuple[str, ...]:
             for part in ("error", "bias", "noise")
         ),
         f"{statistics.fmean(row.cosine for row in rows):.3f}",
+        f"{_median(row.lasting for row in rows):.2f}",
         f"{stored / exact:.2%}",
         f"{statistics.fmean(row.flops_saved for row in rows):.0%}",
     )

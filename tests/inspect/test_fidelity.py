@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pamm_compile import (
+    GradientSubspace,
     InvalidOptionError,
     MeasurementError,
     Pamm,
@@ -76,6 +77,7 @@ def test_every_method_is_compared_at_every_site_and_nothing_changes() -> None:
         if row.method in (str(METHODS[0]), str(METHODS[1])):
             assert row.error < 1e-5
             assert row.cosine == pytest.approx(1)
+            assert math.isnan(row.lasting) or row.lasting == pytest.approx(1)
         else:
             assert 0.05 < row.error < 1.5
             assert row.cosine < 0.999
@@ -87,6 +89,32 @@ def test_every_method_is_compared_at_every_site_and_nothing_changes() -> None:
     assert "k = 3" in text
     assert json.loads(found.to_json())["sites"][0]["parameters"] == ["qkv.weight"]
     assert len(found.plot().axes) == len(found.targets)
+
+
+def test_what_gradients_have_in_common_is_told_from_their_noise() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(32, 32, bias=False)
+    # One direction with a gradient that all tokens share, the others with none but noise.
+    x = torch.randn(900, 32)
+    x[:, 0] = 3.0
+    push = 3 * torch.randn(900, 32) + 2.0
+
+    def loss(output: Tensor) -> Tensor:
+        return (output * push).sum()
+
+    methods = [GradientSubspace(2), Subspace(2, bits=None)]
+    rows = fidelity(model, x, methods=methods, draws=1, loss=loss).sites
+    for row in rows:
+        assert row.error > 0.2
+        assert row.lasting == pytest.approx(1, abs=0.1)
+
+
+def test_what_is_remembered_is_of_other_tokens() -> None:
+    model, x = build()
+    (row, *_) = fidelity(model, x, methods=[GradientSubspace(4)], draws=2).sites
+    assert 0.1 < row.error < 1
+    assert row.noise == 0
+    assert row.described.startswith("r = 4, every 10th")
 
 
 def test_errors_are_those_of_the_methods() -> None:
