@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from pamm_compile.errors import InvalidOptionError
 from pamm_compile.inspect.measure import measure_memory
 from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.private import aot
+from pamm_compile.remembering import period
 from pamm_compile.torch_backend import Backend
 from pamm_compile.torch_backend import backend as make_backend
 from pamm_compile.trials.progress import Bar
@@ -196,17 +197,25 @@ def _arm(run: Run, exact: Run, task: Task) -> TrialArm:
     run.optimizer.zero_grad()
     batch = task.there(task.batches[0])
     memory = measure_memory(lambda: task.loss_of(run.compiled, batch), model=run.model, warmup=0)
-    ratios = [a / b for a, b in zip(run.seconds, exact.seconds, strict=True)]
+    turns = period(run.backend.options) if run.backend else 1
+    ratios = _ratios(run.seconds[_COMPILING:], exact.seconds[_COMPILING:], turns)
     return TrialArm(
         name=run.name,
         loss=loss,
         score=score,
         memory=memory,
-        time=Quartiles.of(ratios[_COMPILING:]),
+        time=Quartiles.of(ratios),
         losses=tuple(run.losses),
         seconds=tuple(run.seconds),
         report=run.report,
     )
+
+
+def _ratios(mine: Sequence[float], exact: Sequence[float], period: int) -> list[float]:
+    """Return times by exact ones, of so many steps together where those differ by turns."""
+    count = min(period, len(mine))
+    starts = range(len(mine) - count + 1)
+    return [sum(mine[s : s + count]) / sum(exact[s : s + count]) for s in starts]
 
 
 def _silent(done: int, steps: int, doing: str) -> None:
