@@ -1,0 +1,381 @@
+"""Time to a score: what an arm needs of the time in which exact training is as far.
+
+    python examples/benchmarks/score.py                     # everything, hours
+    python examples/benchmarks/score.py --task encoder --arm gradients
+    python examples/benchmarks/score.py --times             # of a step, on a machine that is idle
+    python examples/benchmarks/score.py --table
+
+Two settings: "encoder" tunes a pretrained sentence encoder (examples/encoder.py), "scratch" trains
+a byte-level LLaMA from random weights. Arms of a seed share weights, batches and their order. Exact
+runs of several lengths, each with a schedule of its own, say how many exact steps a loss is worth:
+
+    loss of an arm after N steps ── line through exact runs ── s exact steps
+    time to exact's score = (N / s) · (time of a step by exact's)
+
+Times of a step are paired: all arms take every batch in turn. Runs that --out holds are not made
+again. Learning rates are chosen for every arm alike, by its own loss with seed 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if not __package__:
+    # Run by its path; see this package's docstring.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import pamm_compile
+from examples import encoder
+from examples.benchmarks import cli, corpus, machine, models, tables, training
+from examples.benchmarks.timing import in_turn, paired_ratios, seconds
+from pamm_compile.options import Goal
+from pamm_compile.remembering import period
+
+Record = dict[str, Any]
+SEEDS = 3
+
+
+class Arm(NamedTuple):
+    """What trains, and how."""
+
+    label: str
+    rules: str | None = None
+    """None trains with exact gradients."""
+    lora: int = 0
+    """Rank of adapters; 0 trains all weights."""
+    share: float = 1.0
+    """Of the setting's steps that are taken."""
+    budget: float = 1.0
+    """Of the activation memory that torch.compile may keep."""
+    goal: Goal = "speed"
+
+
+_EXACT = {
+    "exact": Arm("exact"),
+    "exact-5/6": Arm("exact, 5/6 of the steps", share=5 / 6),
+    "exact-2/3": Arm("exact, 2/3 of the steps", share=2 / 3),
+}
+_OURS = {
+    "gradients": Arm("gradient subspace, rank 1/8", "linear=gradients"),
+    "gradients-16": Arm("gradient subspace, rank 1/16", "linear=gradients:0.0625"),
+    "subspace": Arm("Subspace, rank 1/8", "linear=subspace"),
+    "subspace-16": Arm("Subspace, rank 1/16", "linear=subspace:0.0625"),
+    "eight": Arm("8 bits", "linear=quantized:8", goal="memory"),
+    "pamm": Arm("PAMM, k = 64, on Q, K, V", "qkv=pamm:1:min_generators=64"),
+}
+LENGTHS = tuple(_EXACT)
+_TIMED_ONLY = {"budget": Arm("exact, budget 0.99", budget=0.99)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One setting."""
+
+    name: str
+    steps: int
+    rates: tuple[float, ...]
+    arms: dict[str, Arm]
+    model: Callable[[], nn.Module]
+    batches: Callable[[int], Iterator[Any]]
+    loss: Callable[[Callable[..., Any], Any], Tensor]
+    score: Callable[[nn.Module], dict[str, float]]
+    decay: float
+    """Of weights, a step and rate."""
+
+
+_WIDTH, _LAYERS, _HEADS, _WINDOWS, _BYTES = 512, 2, 8, 8, 256
+
+
+def _llama() -> nn.Module:
+    inner = models.study_inner(_WIDTH)
+    return models.build(models.Shape("llama", _WIDTH, _LAYERS, _HEADS, inner, 256, _BYTES))
+
+
+def _windows(seed: int) -> Iterator[Any]:
+    return training.batches(corpus.Text().train, "llama", _WINDOWS, _BYTES, seed)
+
+
+def _validation(model: nn.Module) -> dict[str, float]:
+    data = training.batches(corpus.Text().validation, "llama", _WINDOWS, _BYTES, 0)
+    return {"loss": training.validate(lambda batch: model(**batch).loss, model, data, 32)}
+
+
+TASKS = {
+    "encoder": Task(
+        "encoder",
+        48,
+        (2.5e-5, 5e-5, 1e-4),
+        {**_EXACT, **_OURS, "lora": Arm("LoRA, r = 16, all linear layers", lora=16)},
+        encoder.model,
+        encoder.batches,
+        lambda call, batch: call(*batch),
+        encoder.score,  # type: ignore[arg-type]
+        0.01,
+    ),
+    "scratch": Task(
+        "scratch",
+        120,
+        (5e-4, 1e-3, 2e-3),
+        {**_EXACT, **_OURS},
+        _llama,
+        _windows,
+        lambda call, batch: call(**batch).loss,
+        _validation,
+        0.1,
+    ),
+}
+
+
+def made(task: Task, arm: Arm, seed: int, base: str) -> tuple[nn.Module, Callable[..., Any]]:
+    """Return the model of an arm, and it compiled."""
+    torch.manual_seed(seed)
+    model = task.model()
+    if arm.lora:
+        from peft import LoraConfig, get_peft_model
+
+        adapters = LoraConfig(r=arm.lora, lora_alpha=2 * arm.lora, target_modules="all-linear")
+        torch.manual_seed(seed)
+        model.bert = get_peft_model(model.bert, adapters)  # type: ignore[arg-type, assignment]
+    backend: Any = "inductor" if base == "inductor" else base
+    if arm.rules is not None:
+        backend = pamm_compile.backend(rules=arm.rules, goal=arm.goal, base=base)  # type: ignore[arg-type]
+    return model, torch.compile(model, backend=backend)
+
+
+def optimizer(model: nn.Module, task: Task, rate: float) -> torch.optim.Optimizer:
+    """Return AdamW over what is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    betas = (0.9, 0.95) if task.name == "scratch" else (0.9, 0.999)
+    return torch.optim.AdamW(trained, rate, betas=betas, weight_decay=task.decay)
+
+
+def step(task: Task, model: nn.Module, call: Any, batch: Any, update: Any) -> None:
+    """Take one step."""
+    update.zero_grad()
+    task.loss(call, batch).backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    update.step()
+
+
+def run(task: Task, name: str, seed: int, rate: float, base: str) -> Record:
+    """Train one arm, and return its score."""
+    torch._dynamo.reset()
+    arm = task.arms[name]
+    model, call = made(task, arm, seed, base)
+    update = optimizer(model, task, rate)
+    steps = round(arm.share * task.steps)
+    data = task.batches(seed)
+    started = time.perf_counter()
+    for number in range(steps):
+        for group in update.param_groups:
+            group["lr"] = training.learning_rate(number, steps, rate)
+        step(task, model, call, next(data), update)
+    return {
+        "task": task.name,
+        "arm": name,
+        "seed": seed,
+        "rate": rate,
+        "steps": steps,
+        **task.score(model),
+        "seconds": round(time.perf_counter() - started, 1),
+        "environment": machine.facts(),
+    }
+
+
+def times(task: Task, names: Sequence[str], rounds: int, base: str) -> Record:
+    """Return the times of a step of several arms, which take the same batches in turn."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 64
+    arms = {**task.arms, **_TIMED_ONLY}
+    calls, saved = {}, {}
+    data = task.batches(0)
+    batch = next(data)
+    for name in names:
+        with torch._functorch.config.patch(activation_memory_budget=arms[name].budget):
+            model, call = made(task, arms[name], 0, base)
+            update = optimizer(model, task, 1e-5)
+            # What remembers takes its other graph in the second step.
+            for _ in range(2):
+                step(task, model, call, batch, update)
+        use = pamm_compile.measure_memory(
+            lambda call=call: task.loss(call, batch), model=model, warmup=0
+        )
+        saved[name] = use.saved_bytes
+        calls[name] = (model, call, update)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(rounds):
+        batch = next(data)
+        for name in in_turn(list(names), round_):
+            model, call, update = calls[name]
+            one = functools.partial(step, task, model, call, batch, update)
+            found[name].append(seconds(one, torch.device("cpu")))
+    return {
+        "task": task.name,
+        "times_s": found,
+        "saved_bytes": saved,
+        "environment": machine.facts(),
+    }
+
+
+def steps_worth(loss: float, curve: Sequence[tuple[int, float]]) -> float:
+    """Return how many exact steps end at a loss.
+
+    Args:
+        loss: of an arm.
+        curve: steps and losses of exact runs, at least two.
+
+    Returns:
+        A point of the line through the two runs whose losses are nearest.
+    """
+    (n0, l0), (n1, l1) = sorted(curve, key=lambda point: abs(point[1] - loss))[:2]
+    return n0 + (loss - l0) * (n1 - n0) / (l1 - l0)
+
+
+def step_ratio(mine: Sequence[float], exact: Sequence[float], turns: int) -> float:
+    """Return the time of a mean step by an exact one's.
+
+    The median of paired ratios, of every phase apart where steps differ by turns.
+    """
+    ratios = paired_ratios(mine, exact)
+    return statistics.fmean(statistics.median(ratios[phase::turns]) for phase in range(turns))
+
+
+def period_of(arm: Arm) -> int:
+    """Return after how many steps an arm's are alike again."""
+    return 1 if arm.rules is None else period(pamm_compile.backend(rules=arm.rules).options)
+
+
+def best_rates(records: Sequence[Record]) -> dict[tuple[str, str], float]:
+    """Return, by task and arm, the learning rate whose run with seed 0 ends lowest."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    for each in records:
+        key = (each["task"], each["arm"])
+        if each.get("seed") == 0 and each["loss"] < found.get(key, (float("inf"), 0.0))[0]:
+            found[key] = (each["loss"], each["rate"])
+    return {key: rate for key, (_, rate) in found.items()}
+
+
+def table(task: Task, runs: Sequence[Record], timed: Sequence[Record]) -> list[str]:
+    """Return the lines of a setting's table; arms that lack a seed are left out."""
+    rates = best_rates(runs)
+    chosen: dict[str, dict[int, Record]] = {}
+    for each in runs:
+        if each["task"] == task.name:
+            rate = rates.get((task.name, "exact" if each["arm"] in LENGTHS else each["arm"]))
+            if each["rate"] == rate:
+                chosen.setdefault(each["arm"], {})[each["seed"]] = each
+    whole = {name: of for name, of in chosen.items() if len(of) >= SEEDS}
+    clock = next((each for each in timed if each["task"] == task.name), None)
+    curves = {
+        seed: [(whole[n][seed]["steps"], whole[n][seed]["loss"]) for n in LENGTHS if n in whole]
+        for seed in range(SEEDS)
+    }
+    rows = []
+    for name, arm in {**task.arms, **_TIMED_ONLY}.items():
+        if name not in whole and name not in _TIMED_ONLY:
+            continue
+        of = whole.get(name) or whole["exact"]
+        gaps = [of[s]["loss"] - whole["exact"][s]["loss"] for s in range(SEEDS)]
+        more = [of[s]["steps"] / steps_worth(of[s]["loss"], curves[s]) for s in range(SEEDS)]
+        ratio, saved = _clock(clock, name, arm)
+        taken = None if ratio is None or name in LENGTHS[1:] else [m * ratio for m in more]
+        ranks = [of[s]["reciprocal rank"] for s in range(SEEDS) if "reciprocal rank" in of[s]]
+        cells = [
+            arm.label,
+            f"{of[0]['rate']:g}",
+            f"{statistics.fmean(of[s]['loss'] for s in of):.4f}",
+        ]
+        cells.append(", ".join(f"{gap:+.4f}" for gap in gaps))
+        if task.name == "encoder":
+            cells.append(f"{statistics.fmean(ranks):.4f}")
+        cells += ["-" if ratio is None else f"{ratio:.2f}", "-" if saved is None else saved]
+        cells.append("-" if taken is None else f"{statistics.fmean(taken):.2f}")
+        cells.append("-" if taken is None else ", ".join(f"{each:.2f}" for each in taken))
+        rows.append(cells)
+    head = ["arm", "learning rate", "held loss", "above exact, three seeds"]
+    head += ["reciprocal rank"] if task.name == "encoder" else []
+    head += ["a step", "saved MiB", "time to exact's score", "by seed"]
+    return tables.markdown(head, rows)
+
+
+def _clock(clock: Record | None, name: str, arm: Arm) -> tuple[float | None, str | None]:
+    if clock is None or name not in clock["times_s"]:
+        return (1.0, None) if name in LENGTHS else (None, None)
+    mine, exact = clock["times_s"][name], clock["times_s"]["exact"]
+    return step_ratio(mine, exact, period_of(arm)), tables.mebibytes(clock["saved_bytes"][name])
+
+
+def wanted(task: Task, names: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
+    """Yield the arms and seeds to run, those with seed 0 first, which choose learning rates."""
+    for seed in seeds:
+        yield from ((name, seed) for name in task.arms if not names or name in names)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = cli.parser(__doc__)
+    parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=list(TASKS))
+    parser.add_argument("--arm", nargs="+", default=[], help="default: all")
+    parser.add_argument("--seed", type=int, nargs="+", default=list(range(SEEDS)))
+    parser.add_argument(
+        "--rate", type=float, nargs="+", help="default: each setting's, then the best"
+    )
+    parser.add_argument("--times", action="store_true", help="measure the time of steps instead")
+    parser.add_argument("--rounds", type=cli.positive, default=30)
+    parser.add_argument("--table", action="store_true", help="print the tables of what there is")
+    parser.add_argument("--threads", type=cli.positive, help="CPU threads (default: torch's)")
+    parser.add_argument("--base", choices=("inductor", "aot_eager"), default="inductor")
+    parser.add_argument("--out", type=Path, default=Path("runs/score.jsonl"))
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for name in args.task:
+        task = TASKS[name]
+        if args.times:
+            names = args.arm or [*(n for n in task.arms if n not in LENGTHS[1:]), *_TIMED_ONLY]
+            _append(args.out, times(task, names, args.rounds, args.base))
+        elif not args.table:
+            _run_all(task, args)
+        records = tables.records(args.out)
+        runs = [each for each in records if "loss" in each]
+        clock = [each for each in reversed(records) if "times_s" in each]
+        print("\n".join(table(task, runs, clock)), flush=True)
+
+
+def _run_all(task: Task, args: argparse.Namespace) -> None:
+    for name, seed in wanted(task, args.arm, args.seed):
+        runs = [each for each in tables.records(args.out) if "loss" in each]
+        arm = "exact" if name in LENGTHS else name
+        best = best_rates(runs).get((task.name, arm))
+        is_chosen = seed > 0 or name in LENGTHS[1:]
+        rates = args.rate or ([best] if is_chosen and best else task.rates)
+        for rate in rates:
+            key = {"task": task.name, "arm": name, "seed": seed, "rate": rate}
+            if any(key.items() <= each.items() for each in runs):
+                continue
+            _append(args.out, run(task, name, seed, rate, args.base))
+
+
+def _append(path: Path, record: Record) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print(
+        json.dumps({n: v for n, v in record.items() if n not in ("environment", "times_s")}),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)
