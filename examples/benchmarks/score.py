@@ -24,7 +24,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -189,6 +189,7 @@ def run(task: Task, name: str, seed: int, rate: float, base: str) -> Record:
         "rate": rate,
         "steps": steps,
         **task.score(model),
+        "base": base,
         "seconds": round(time.perf_counter() - started, 1),
         "environment": machine.facts(),
     }
@@ -267,52 +268,60 @@ def best_rates(records: Sequence[Record]) -> dict[tuple[str, str], float]:
     return {key: rate for key, (_, rate) in found.items()}
 
 
-def table(task: Task, runs: Sequence[Record], timed: Sequence[Record]) -> list[str]:
-    """Return the lines of a setting's table; arms that lack a seed are left out."""
-    rates = best_rates(runs)
-    chosen: dict[str, dict[int, Record]] = {}
-    for each in runs:
-        if each["task"] == task.name:
-            rate = rates.get((task.name, "exact" if each["arm"] in LENGTHS else each["arm"]))
-            if each["rate"] == rate:
-                chosen.setdefault(each["arm"], {})[each["seed"]] = each
-    whole = {name: of for name, of in chosen.items() if len(of) >= SEEDS}
-    clock = next((each for each in timed if each["task"] == task.name), None)
+def table(task: Task, records: Sequence[Record]) -> list[str]:
+    """Return the lines of a setting's table; arms that lack a seed or a time say so by a dash."""
+    runs = [each for each in records if "loss" in each and each["task"] == task.name]
+    clocks = [each for each in records if "times_s" in each and each["task"] == task.name]
+    chosen = _chosen(task, runs)
+    head = ["arm", "learning rate", "held loss", "above exact, by seed"]
+    head += ["reciprocal rank"] if task.name == "encoder" else []
+    head += ["a step", "saved MiB", "time to exact's score", "by seed"]
+    exact = chosen.get("exact")
+    if exact is None:
+        return tables.markdown(head, [])
     curves = {
-        seed: [(whole[n][seed]["steps"], whole[n][seed]["loss"]) for n in LENGTHS if n in whole]
+        seed: [(chosen[n][seed]["steps"], chosen[n][seed]["loss"]) for n in LENGTHS if n in chosen]
         for seed in range(SEEDS)
     }
     rows = []
     for name, arm in {**task.arms, **_TIMED_ONLY}.items():
-        if name not in whole and name not in _TIMED_ONLY:
+        ratio, saved = _clock(clocks[-1] if clocks else None, name, arm)
+        # Recomputing changes no loss.
+        of = exact if name in _TIMED_ONLY else chosen.get(name)
+        if of is None or (name in _TIMED_ONLY and ratio is None):
             continue
-        of = whole.get(name) or whole["exact"]
-        gaps = [of[s]["loss"] - whole["exact"][s]["loss"] for s in range(SEEDS)]
         more = [of[s]["steps"] / steps_worth(of[s]["loss"], curves[s]) for s in range(SEEDS)]
-        ratio, saved = _clock(clock, name, arm)
-        taken = None if ratio is None or name in LENGTHS[1:] else [m * ratio for m in more]
-        ranks = [of[s]["reciprocal rank"] for s in range(SEEDS) if "reciprocal rank" in of[s]]
-        cells = [
-            arm.label,
-            f"{of[0]['rate']:g}",
-            f"{statistics.fmean(of[s]['loss'] for s in of):.4f}",
-        ]
-        cells.append(", ".join(f"{gap:+.4f}" for gap in gaps))
+        is_length = name in LENGTHS[1:]
+        taken = [] if ratio is None or is_length else [m * ratio for m in more]
+        gaps = [of[s]["loss"] - exact[s]["loss"] for s in range(SEEDS)]
+        row = [arm.label, f"{of[0]['rate']:g}", _mean(of[s]["loss"] for s in range(SEEDS))]
+        row.append("-" if of is exact else ", ".join(f"{gap:+.3f}" for gap in gaps))
         if task.name == "encoder":
-            cells.append(f"{statistics.fmean(ranks):.4f}")
-        cells += ["-" if ratio is None else f"{ratio:.2f}", "-" if saved is None else saved]
-        cells.append("-" if taken is None else f"{statistics.fmean(taken):.2f}")
-        cells.append("-" if taken is None else ", ".join(f"{each:.2f}" for each in taken))
-        rows.append(cells)
-    head = ["arm", "learning rate", "held loss", "above exact, three seeds"]
-    head += ["reciprocal rank"] if task.name == "encoder" else []
-    head += ["a step", "saved MiB", "time to exact's score", "by seed"]
+            row.append(_mean(of[s]["reciprocal rank"] for s in range(SEEDS)))
+        row += ["-" if ratio is None or is_length else f"{ratio:.2f}", saved or "-"]
+        row.append(f"{statistics.fmean(taken):.2f}" if taken else "-")
+        row.append(", ".join(f"{each:.2f}" for each in taken) or "-")
+        rows.append(row)
     return tables.markdown(head, rows)
+
+
+def _chosen(task: Task, runs: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """Return the runs at the best learning rates, by arm and seed, where there are all seeds."""
+    rates, found = best_rates(runs), {}
+    for each in runs:
+        arm = "exact" if each["arm"] in LENGTHS else each["arm"]
+        if each["rate"] == rates.get((task.name, arm)):
+            found.setdefault(each["arm"], {})[each["seed"]] = each
+    return {name: of for name, of in found.items() if len(of) >= SEEDS}
+
+
+def _mean(figures: Iterable[float]) -> str:
+    return f"{statistics.fmean(figures):.4f}"
 
 
 def _clock(clock: Record | None, name: str, arm: Arm) -> tuple[float | None, str | None]:
     if clock is None or name not in clock["times_s"]:
-        return (1.0, None) if name in LENGTHS else (None, None)
+        return None, None
     mine, exact = clock["times_s"][name], clock["times_s"]["exact"]
     return step_ratio(mine, exact, period_of(arm)), tables.mebibytes(clock["saved_bytes"][name])
 
@@ -348,10 +357,8 @@ def main(arguments: list[str] | None = None) -> None:
             _append(args.out, times(task, names, args.rounds, args.base))
         elif not args.table:
             _run_all(task, args)
-        records = tables.records(args.out)
-        runs = [each for each in records if "loss" in each]
-        clock = [each for each in reversed(records) if "times_s" in each]
-        print("\n".join(table(task, runs, clock)), flush=True)
+        if args.table:
+            print("\n".join(table(task, tables.records(args.out))), flush=True)
 
 
 def _run_all(task: Task, args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ if not __package__:
     # Run by its path; see this package's docstring.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from examples.benchmarks import cli, compile_time, device_model, output, partitions, tables
+from examples.benchmarks import cli, compile_time, device_model, output, partitions, score, tables
 from examples.benchmarks.decoding import published
 from examples.benchmarks.machine import CHECKOUT
 from examples.benchmarks.timing import Quartiles, paired_ratios, quartiles
@@ -76,6 +76,11 @@ def _twins() -> list[str]:
         for p in _pairs()
     ]
     return tables.markdown(["at the same setting", "saved", "peak", "time (quartiles)"], rows)
+
+
+def _scores(task: str) -> list[str]:
+    found = tables.records(RECORDS / "score.jsonl")
+    return score.table(score.TASKS[task], found)
 
 
 def _first_screen() -> list[str]:
@@ -292,6 +297,8 @@ SHOWN_RACES = {
     "PAMM on Q, K and V, the paper's": "PAMM on Q, K and V, ratio 256",
 }
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "score-encoder": functools.partial(_scores, "encoder"),
+    "score-scratch": functools.partial(_scores, "scratch"),
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
