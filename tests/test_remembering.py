@@ -87,7 +87,7 @@ def test_every_third_pass_is_whole_and_those_between_are_along_the_last() -> Non
         for name in found.keys() - weights(found).keys():
             assert torch.equal(found[name], exact[name]), (step, name)
     assert len(used.report.compressed) == 3
-    assert all(site.method.startswith("r = 8, every 3th") for site in used.report.compressed)
+    assert all(site.method.startswith("r = 8, 1 of 3 in 8 bits") for site in used.report.compressed)
 
 
 def test_the_output_is_exact_in_every_step() -> None:

@@ -114,7 +114,7 @@ def test_what_is_remembered_is_of_other_tokens() -> None:
     (row, *_) = fidelity(model, x, methods=[GradientSubspace(4)], draws=2).sites
     assert 0.1 < row.error < 1
     assert row.noise == 0
-    assert row.described.startswith("r = 4, every 10th")
+    assert row.described.startswith("r = 4, 1 of 10 in 8 bits")
 
 
 def test_errors_are_those_of_the_methods() -> None:

@@ -173,7 +173,7 @@ class GradientSubspace:
         """Return r and how often X itself is kept."""
         r = self.directions(size.features, size.outputs)
         whole = self._whole.describe(size)
-        return f"r = {r}, every {self.every}th {whole}" if r else whole
+        return f"r = {r}, 1 of {self.every} in {whole}" if r else whole
 
 
 def _of_unit_size(grad: Tensor) -> Tensor:
