@@ -23,7 +23,7 @@ from pamm_compile.inspect.explain import explain
 from pamm_compile.inspect.fidelity import fidelity
 from pamm_compile.inspect.recommend import recommend
 from pamm_compile.integrations.configurations import Asked, from_config
-from pamm_compile.options import Goal
+from pamm_compile.options import RECOMMENDED, Goal
 from pamm_compile.private import memory
 from pamm_compile.torch_backend import Backend, backend
 from pamm_compile.trials.task import DTYPES
@@ -90,7 +90,11 @@ def _explain(chosen: argparse.Namespace) -> str:
 def _fidelity(chosen: argparse.Namespace) -> str:
     subject = _subject(chosen)
     found = fidelity(
-        subject.model, rules=chosen.rules, draws=chosen.draws, loss=_loss_of, **subject.batch
+        subject.model,
+        rules=chosen.rules or RECOMMENDED,
+        draws=chosen.draws,
+        loss=_loss_of,
+        **subject.batch,
     )
     return found.to_json() if chosen.json else found.text()
 
@@ -241,10 +245,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
         "subject", nargs="?", metavar="MODULE:FUNCTION", help="returns a model and a batch"
     )
     command.add_argument("--config", help="a Transformers config.json; weights are random")
-    command.add_argument(
-        "--rules", default="qkv=pamm:256", help='such as "qkv=pamm:256, mlp=pamm:64"'
-    )
-    command.add_argument("--goal", default="memory", choices=("memory", "speed", "any"))
+    text = f'such as "qkv=pamm:256, mlp=pamm:64"; without it, and without a goal, {RECOMMENDED}'
+    command.add_argument("--rules", help=f"{text} for speed")
+    command.add_argument("--goal", choices=get_args(Goal))
     command.add_argument("--min-tokens", type=int, default=256)
     command.add_argument("--batch", type=int, default=1, help="sequences, with --config")
     command.add_argument(

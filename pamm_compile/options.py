@@ -15,23 +15,40 @@ from pamm_compile.rules import Rule, Rules, check_target, make_rules
 Base = Literal["inductor", "aot_eager"]
 Goal = Literal["memory", "speed", "any"]
 
+RECOMMENDED = "linear=gradients"
+"""The rules where nobody names any, nor an option of one rule."""
+RECOMMENDED_GOAL: Goal = "speed"
+"""The goal of these rules; of all others it is "memory"."""
+
 _SEED_LIMIT = 2**31
 
 # Options that make the one rule of backend(ratio=…). Their defaults are those of Pamm.
 _ORDER = ("ratio", "epsilon", "sampling", "min_generators", "targets")
 ONE_RULE = frozenset(_ORDER)
 
+_OTHER_GOAL: Goal = "memory"
+# Of what nobody gave; no finished object holds it.
+_ABSENT: Any = None
+
+
+def without_absent(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options without those that are None because nobody gave them."""
+    may_be_absent = {*_ORDER, "rules", "goal"}
+    return {n: v for n, v in given.items() if v is not None or n not in may_be_absent}
+
 
 @dataclass(frozen=True)
 class Options:
     """What the user chose; `pamm_compile.backend` documents each option.
 
+    Without rules they are the recommended ones, and so is the goal, unless it is given.
+
     Raises:
         InvalidOptionError: a value is not allowed.
     """
 
-    rules: Rules = (Rule("qkv", Pamm()),)
-    goal: Goal = "memory"
+    rules: Rules = _ABSENT
+    goal: Goal = _ABSENT
     siblings: bool = False
     min_tokens: int = 256
     strict: bool = False
@@ -39,7 +56,10 @@ class Options:
     base: Base = "inductor"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rules", make_rules(self.rules))
+        recommended = self.rules is _ABSENT
+        if self.goal is _ABSENT:
+            object.__setattr__(self, "goal", RECOMMENDED_GOAL if recommended else _OTHER_GOAL)
+        object.__setattr__(self, "rules", make_rules(RECOMMENDED if recommended else self.rules))
         checks.choice("goal", self.goal, get_args(Goal))
         checks.choice("base", self.base, get_args(Base))
         least = checks.integer("min_tokens", self.min_tokens, 1, "1 sets no lower bound.")
@@ -78,10 +98,10 @@ class Options:
         """Build options from a mapping, naming the nearest option for an unknown one.
 
         Equivalent to: `Options(rules=…, …)`, with one rule made of `ratio`, `epsilon`, `sampling`,
-        `min_generators` and `targets` where `rules` is not given.
+        `min_generators` and `targets` where any of these is given.
 
         Args:
-            given: option names and values.
+            given: option names and values; None, of these, `rules` and `goal`, is not given.
 
         Returns:
             The validated options.
@@ -94,24 +114,25 @@ class Options:
         for name in given:
             if name not in allowed:
                 raise unknown_option(name, allowed)
-        rest = {n: v for n, v in given.items() if n not in ONE_RULE and n != "rules"}
-        single = {n: v for n, v in given.items() if n in ONE_RULE}
-        rules = given.get("rules")
-        if rules is None:
-            target = check_target(single.pop("targets", "qkv"))
-            return cls(rules=(Rule(target, Pamm(**single)),), **rest)
-        if single:
+        rest = without_absent(given)
+        single = {n: rest.pop(n) for n in _ORDER if n in rest}
+        if not single:
+            return cls(**rest)
+        if "rules" in rest:
             names = ", ".join(single)
             raise InvalidOptionError(
                 f"rules and {names} together are not allowed: rules name the method of every "
                 f'target. Write for example rules={{"qkv": Pamm(ratio=64)}}, and leave out {names}.'
             )
-        return cls(rules=make_rules(rules), **rest)
+        target = check_target(single.pop("targets", "qkv"))
+        return cls(rules=(Rule(target, Pamm(**single)),), **rest)
 
     def __str__(self) -> str:
+        # Beside rules, which are always shown.
+        usual = {each.name: each.default for each in fields(self)} | {"goal": _OTHER_GOAL}
         changed = [
-            f"{each.name}={getattr(self, each.name)!r}"
-            for each in fields(self)
-            if each.name != "rules" and getattr(self, each.name) != each.default
+            f"{name}={getattr(self, name)!r}"
+            for name, default in usual.items()
+            if name != "rules" and getattr(self, name) != default
         ]
         return ", ".join([f"rules=[{', '.join(map(str, self.rules))}]", *changed])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import json
 import logging
 import threading
@@ -28,7 +27,7 @@ from pamm_compile.graph.pipeline import GraphPass
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.sampling import Sampling
 from pamm_compile.names import names_of
-from pamm_compile.options import ONE_RULE, Base, Goal, Options
+from pamm_compile.options import ONE_RULE, Base, Goal, Options, without_absent
 from pamm_compile.private import aot, inductor
 from pamm_compile.recorded import RecordedReport
 from pamm_compile.remembering import period, with_memories
@@ -160,14 +159,14 @@ _made: Counter[str] = Counter()
 
 
 def backend(
-    ratio: float = 256,
+    ratio: float | None = None,
     *,
     rules: Mapping[Any, Method | None] | str | None = None,
     epsilon: float | None = None,
-    sampling: Sampling = "stratified",
-    min_generators: int = 1,
-    targets: Target = "qkv",
-    goal: Goal = "memory",
+    sampling: Sampling | None = None,
+    min_generators: int | None = None,
+    targets: Target | None = None,
+    goal: Goal | None = None,
     siblings: bool = False,
     min_tokens: int = 256,
     strict: bool = False,
@@ -183,21 +182,25 @@ def backend(
     Equivalent to Inductor, except that the weight gradients of the projections, dW = dZᵀ·X, are
     computed from what a method stores in place of X, and that X is not saved:
 
-        model = torch.compile(model, backend=pamm_compile.backend(ratio=256))
+        model = torch.compile(model, backend=pamm_compile.backend())
         rules = {"qkv": Pamm(ratio=256), "mlp": Pamm(ratio=64)}
         model = torch.compile(model, backend=pamm_compile.backend(rules=rules))
+
+    Without rules, and without an option of one rule, it is what we recommend: rules
+    "linear=gradients" (`GradientSubspace` for every linear layer), with the goal "speed".
 
     Every call gives an object whose `report` says what was matched. Objects of the same arguments
     compare equal, so that blocks compiled one by one share code.
 
     Args:
-        ratio: b / k, tokens per generator, at least 1; k = ceil(b / ratio).
-        rules: {target: method}, or text such as "qkv=pamm:256, mlp=pamm:64", in place of `ratio`,
-            `epsilon`, `sampling`, `min_generators` and `targets`, which make one rule. The first
-            whose target holds a projection decides; the method None (in text "exact") leaves it
-            exact.
-        epsilon: drop tokens whose relative distance to their generator exceeds this, in [0, ∞),
-            and rescale the rest; None (∞) keeps all, the paper's best.
+        ratio: b / k, tokens per generator, at least 1; k = ceil(b / ratio). Any of `ratio`,
+            `epsilon`, `sampling`, `min_generators` and `targets` makes one rule, of `Pamm`; those
+            left out are 256, ∞, "stratified", 1 and "qkv".
+        rules: {target: method}, or text such as "qkv=pamm:256, mlp=pamm:64", in place of these. The
+            first whose target holds a projection decides; the method None (in text "exact") leaves
+            it exact.
+        epsilon: drop tokens whose relative distance to their generator exceeds this, in [0, ∞],
+            and rescale the rest; ∞ keeps all, the paper's best.
         sampling: "stratified" draws one generator in each of k equal intervals of tokens;
             "uniform" draws k of all, as the paper does.
         min_generators: lower bound of k; k, not the ratio alone, decides quality.
@@ -206,7 +209,8 @@ def backend(
             regular expression, those of them whose parameter names it matches.
         goal: "memory" compresses an input only if it is then not saved; "speed" whenever weight
             gradients take less time, by a model of it; "any" is "memory" without weighing bytes,
-            for tests and studies.
+            for tests and studies. Left out, it is "memory" where you name rules or an option of
+            one rule.
         siblings: whether projections that no rule names join those that read the same input.
         min_tokens: inputs of fewer tokens stay exact.
         strict: raise if a training graph has nothing to compress.
@@ -227,21 +231,14 @@ def backend(
     """
     for name in unknown:
         raise unknown_option(name, [*Options.names(), "mode", "options", "passes"])
-    single: dict[str, Any] = {
-        "ratio": ratio,
-        "epsilon": epsilon,
-        "sampling": sampling,
-        "min_generators": min_generators,
-        "targets": targets,
-    }
-    if rules is not None:
-        # What was left at its default was not chosen.
-        defaults = {name: p.default for name, p in inspect.signature(backend).parameters.items()}
-        single = {name: value for name, value in single.items() if value != defaults[name]}
-        single["rules"] = rules
     chosen = Options.from_mapping(
         {
-            **single,
+            "ratio": ratio,
+            "rules": rules,
+            "epsilon": epsilon,
+            "sampling": sampling,
+            "min_generators": min_generators,
+            "targets": targets,
             "goal": goal,
             "siblings": siblings,
             "min_tokens": min_tokens,
@@ -308,7 +305,8 @@ def by_name(options: Mapping[str, Any] | None = None) -> Backend:
         InvalidOptionError: a value is not allowed, or a name is unknown, here or in the
             environment.
     """
-    ours = {k.removeprefix(PREFIX): v for k, v in (options or {}).items() if k.startswith(PREFIX)}
+    prefixed = {k: v for k, v in (options or {}).items() if k.startswith(PREFIX)}
+    ours = without_absent({k.removeprefix(PREFIX): v for k, v in prefixed.items()})
     around = options_from_environment()
     # Rules and what makes one rule stand for the same choice: the nearer one wins.
     if "rules" in ours or not ONE_RULE.isdisjoint(ours):

@@ -23,6 +23,7 @@ from pamm_compile.inspect.measure import MemoryUse, differentiate, measure_memor
 from pamm_compile.inspect.undisturbed import refuse_without_values, undisturbed
 from pamm_compile.private import inductor, memory
 from pamm_compile.torch_backend import Backend
+from pamm_compile.torch_backend import backend as make_backend
 
 REFERENCE = "compile"
 """Name of the arm that step times are divided by."""
@@ -110,7 +111,7 @@ def compare_memory(
     model: nn.Module,
     loss: Callable[[nn.Module], Tensor],
     *,
-    backend: Backend,
+    backend: Backend | None = None,
     budget: float = 0.99,
     steps: int = 10,
     mode: str | None = None,
@@ -133,7 +134,7 @@ def compare_memory(
         model: in the mode it is to be measured in.
         loss: runs forward on the model handed to it, such as
             `lambda model: model(**batch).loss`; returns a scalar.
-        backend: for the PAMM arms.
+        backend: for the PAMM arms; None is `pamm_compile.backend()`.
         budget: fraction of activation memory, from 0 to 1.
         steps: how often to time forward and backward of every arm, in turn; 0 times nothing.
         mode: as torch.compile's, for all compiled arms.
@@ -154,13 +155,14 @@ def compare_memory(
         raise checks.refusal("budget", budget, allowed, hint)
     refuse_without_values("compare_memory()", model, ())
     settings = inductor_settings(mode, options)
+    chosen = backend or make_backend()
 
     def exact(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         compiled: Callable[..., Any] = inductor.compile_fx(gm, inputs, config_patches=settings)
         return compiled
 
     def pamm(gm: GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        return backend(gm, inputs, mode=mode, options=options)
+        return chosen(gm, inputs, mode=mode, options=options)
 
     suffix = f" + budget {budget:g}"
     arms = {

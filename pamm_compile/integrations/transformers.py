@@ -17,15 +17,15 @@ log = logging.getLogger("pamm_compile")
 class PammCallback(TrainerCallback):
     """Compile the model that a Trainer trains, and log the report when training has ended.
 
-    Equivalent to `model.compile(backend=pamm_compile.backend(ratio=256))` before training, also
+    Equivalent to `model.compile(backend=pamm_compile.backend())` before training, also
     where the Trainer makes its model itself (`model_init`):
 
-        Trainer(model, arguments, callbacks=[PammCallback(ratio=256)], train_dataset=…)
+        Trainer(model, arguments, callbacks=[PammCallback()], train_dataset=…)
 
     The model is compiled in place, so checkpoints keep their names.
 
     Args:
-        ratio: b / k, tokens per generator, at least 1.
+        ratio: b / k, tokens per generator, at least 1, of PAMM.
         options: the other options of `pamm_compile.backend`.
 
     Attributes:
@@ -35,7 +35,7 @@ class PammCallback(TrainerCallback):
         InvalidOptionError: a value is not allowed, or a name is unknown.
     """
 
-    def __init__(self, ratio: float = 256, **options: Any) -> None:
+    def __init__(self, ratio: float | None = None, **options: Any) -> None:
         self.backend = backend(ratio, **options)
 
     def on_train_begin(
