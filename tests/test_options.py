@@ -24,7 +24,6 @@ from pamm_compile import Pamm
         ({"ratio": math.inf}, r"ratio=inf is not allowed"),
         ({"ratio": "256"}, r"ratio='256' is not allowed"),
         ({"ratio": True}, r"ratio=True is not allowed"),
-        ({"ratio": None}, r"ratio=None is not allowed"),
         ({"epsilon": -0.1}, r"epsilon=-0\.1 is not allowed: epsilon must be None"),
         ({"epsilon": math.nan}, r"epsilon=nan is not allowed"),
         ({"epsilon": "0"}, r"epsilon='0' is not allowed"),
@@ -63,8 +62,8 @@ def test_ratio_means_the_decimal_that_was_written() -> None:
 def test_equal_options_are_equal() -> None:
     assert make_options(ratio=256) == make_options(ratio=256.0)
     # From 1 on, the gate lets every token through.
-    assert make_options(epsilon=math.inf) == make_options(epsilon=1) == make_options()
-    assert make_options(epsilon=0.5) != make_options()
+    assert make_options(epsilon=math.inf) == make_options(epsilon=1) == make_options(ratio=256)
+    assert make_options(epsilon=0.5) != make_options(ratio=256)
 
 
 def test_options_are_frozen() -> None:
