@@ -60,7 +60,7 @@ def test_explain_a_config(config: str, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_times_of_a_gpu_that_is_not_there(config: str, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ("--config", config, "--sequence", "1024", "--json")
+    common = ("--config", config, "--sequence", "1024", "--rules", "qkv=pamm", "--json")
     times = []
     for further in ((), ("--times-on", "h100")):
         assert main(["explain", *common, *further]) == 0

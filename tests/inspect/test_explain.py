@@ -28,7 +28,7 @@ def test_explain_leaves_the_model_alone() -> None:
     before = {name: t.clone() for name, t in model.state_dict().items()}
     generator = torch.get_rng_state()
     report = pamm_compile.explain(
-        model, torch.randn(BATCH, LENGTH, WIDTH), using=pamm_compile.backend(min_tokens=1)
+        model, torch.randn(BATCH, LENGTH, WIDTH), using=pamm_compile.backend(256, min_tokens=1)
     )
     assert [s.parameters for s in report.compressed] == [
         ("attention.q.weight", "attention.k.weight", "attention.v.weight")
@@ -50,7 +50,9 @@ def test_explain_takes_a_compiled_model_and_no_grad() -> None:
     model = torch.compile(Attention(_sdpa()), backend="eager")
     with torch.no_grad():
         report = pamm_compile.explain(
-            model, x=torch.randn(BATCH, LENGTH, WIDTH), using=pamm_compile.backend(min_tokens=1)
+            model,
+            x=torch.randn(BATCH, LENGTH, WIDTH),
+            using=pamm_compile.backend(256, min_tokens=1),
         )
     assert len(report.compressed) == 1
 
@@ -67,14 +69,14 @@ def test_explain_uses_the_names_of_the_model() -> None:
             return self.blocks["inner"](x)
 
     report = pamm_compile.explain(
-        Outer(), torch.randn(BATCH, LENGTH, WIDTH), using=pamm_compile.backend(min_tokens=1)
+        Outer(), torch.randn(BATCH, LENGTH, WIDTH), using=pamm_compile.backend(256, min_tokens=1)
     )
     assert report.sites[0].parameters[0] == "blocks.inner.q.weight"
 
 
 def test_explain_gives_the_reason_of_a_decline() -> None:
     report = pamm_compile.explain(
-        Attention(_sdpa()), torch.randn(1, 8, WIDTH), using=pamm_compile.backend(min_tokens=64)
+        Attention(_sdpa()), torch.randn(1, 8, WIDTH), using=pamm_compile.backend(256, min_tokens=64)
     )
     (site,) = report.declined
     assert site.reason == "TOO_FEW_TOKENS"

@@ -159,7 +159,7 @@ def test_the_output_of_a_norm_without_weights_is_read_by_its_own_gradient() -> N
     model = _block()
     model.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), model)
-    using = pamm_compile.backend(min_tokens=1)
+    using = pamm_compile.backend(256, min_tokens=1)
     # Decomposed, as Inductor has it: the normalized rows are X, and the backward pass needs them.
     (site,) = pamm_compile.explain(model, *_x().values(), using=using).sites
     assert site.reason == "SHARED_INPUT"
@@ -312,13 +312,15 @@ def test_an_input_that_another_gradient_reads() -> None:
     assert site.reason == "SHARED_INPUT"
     assert "aten::tanh_backward" in site.detail
     # Decomposed, what reads X does not depend on a tangent, and is no less in the way.
-    report = pamm_compile.explain(_Normalized(), **_x(), using=pamm_compile.backend(min_tokens=1))
+    report = pamm_compile.explain(
+        _Normalized(), **_x(), using=pamm_compile.backend(256, min_tokens=1)
+    )
     assert [site.reason for site in report.sites] == ["SHARED_INPUT"]
 
 
 def test_strict_says_why_nothing_matched() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
-    backend = pamm_compile.backend(strict=True, base="aot_eager")
+    backend = pamm_compile.backend(256, strict=True, base="aot_eager")
     with pytest.raises(Exception, match=r"(?s)strict=True.*NO_ATTENTION") as error:
         torch.compile(model, backend=backend)(torch.randn(BATCH, LENGTH, WIDTH))
     inner = getattr(error.value, "inner_exception", error.value)

@@ -356,7 +356,7 @@ def _calls(layers: int) -> int:
 
     sys.setprofile(counted)
     try:
-        CompressInputs(Options(min_tokens=1)).decide(joint)
+        CompressInputs(Options(rules="qkv=pamm", min_tokens=1)).decide(joint)
     finally:
         sys.setprofile(None)
     return count

@@ -11,7 +11,7 @@ import torch
 from pamm_testing.forms import FusedQKV
 from pamm_testing.zoo import WIDTH
 
-from pamm_compile import InvalidOptionError, explain
+from pamm_compile import InvalidOptionError, backend, explain
 from pamm_compile.cli import main
 from pamm_compile.devices import DEVICES, device_named, exact_seconds, site_seconds
 from pamm_compile.methods.pamm.method import Pamm
@@ -77,7 +77,8 @@ def test_a_device_is_an_entry_of_two_tables(capsys: pytest.CaptureFixture[str]) 
         size = qkv(16384, 2048)
         assert site_seconds(Pamm(256), size, device_named("F100")) > 3
         # Launches of a second each, and the exact gradients have three.
-        report = explain(FusedQKV(), torch.randn(4, 128, WIDTH), device="f100")
+        using = backend(ratio=256)
+        report = explain(FusedQKV(), torch.randn(4, 128, WIDTH), using=using, device="f100")
         assert [site.time is not None and site.time > 1 for site in report.sites] == [True]
         with pytest.raises(InvalidOptionError, match="Did you mean 'f100'"):
             device_named("f1000")
