@@ -23,7 +23,7 @@ from pamm_compile.options import Options
         ("PAMM_COMPILE_RATIO", "64", "ratio", 64),
         ("PAMM_COMPILE_RATIO", "1.5", "ratio", 1.5),
         ("PAMM_COMPILE_EPSILON", "0.5", "epsilon", 0.5),
-        ("PAMM_COMPILE_EPSILON", "inf", "epsilon", None),
+        ("PAMM_COMPILE_EPSILON", "inf", "epsilon", float("inf")),
         ("PAMM_COMPILE_SAMPLING", "uniform", "sampling", "uniform"),
         ("PAMM_COMPILE_MIN_GENERATORS", "32", "min_generators", 32),
         ("PAMM_COMPILE_MIN_TOKENS", "1", "min_tokens", 1),
