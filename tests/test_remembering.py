@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -256,3 +257,20 @@ def test_generated_code_remembers() -> None:
     for name, dw in weights(found).items():
         basis = METHOD.remember([first[name]])
         assert error(dw, exact[name] @ basis.T @ basis) < 1e-3
+
+
+@pytest.mark.everything
+def test_a_graph_from_a_cache_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = Block()
+    for seed in (5, 5):
+        torch.compiler.reset()
+        used = backend(base="inductor", seed=seed)
+        used.report.clear()
+        compiled = torch.compile(model, backend=used)
+        whole, along = (gradients(model, compiled, step) for step in range(2))
+        exact = gradients(model, model, 1)
+        for name, dw in weights(along).items():
+            basis = METHOD.remember([whole[name]])
+            assert error(dw, exact[name] @ basis.T @ basis) < 1e-3
+        assert len(used.report.compressed) == 3

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pamm_compile import GradientSubspace, InvalidOptionError, Quantized, Size
@@ -142,3 +144,32 @@ def test_the_model_of_an_h100_prefers_it_to_exact_gradients() -> None:
     often, seldom = (site_seconds(GradientSubspace(every=every), size, device) for every in (2, 10))
     assert seldom < often
     assert seldom < 0.5 * exact_seconds(size, device)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    tokens=st.integers(1, 60),
+    features=st.integers(2, 40),
+    outputs=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    rank=st.one_of(st.floats(0.01, 0.9), st.integers(1, 40)),
+    scale=st.sampled_from([1e-20, 1.0, 1e20]),
+)
+def test_of_any_sizes_gradients_lie_along_orthonormal_directions(
+    seed: int, tokens: int, features: int, outputs: list[int], rank: float, scale: float
+) -> None:
+    method = GradientSubspace(rank)
+    if not method.directions(features, outputs):
+        return
+    x = normal(seed, tokens, features)
+    grads = [normal(seed + p, tokens, m) * scale for p, m in enumerate(outputs, 1)]
+    memory = method.remember([grad.T @ x for grad in grads])
+    assert memory.shape[1] == features
+    assert len(memory) <= method.directions(features, outputs)
+    assert torch.allclose(memory @ memory.T, torch.eye(len(memory)), atol=1e-4)
+    stored = method.store_along(x, memory)
+    made = method.weight_gradients_along(stored, memory, grads, [False] * len(grads))
+    for grad, dw in zip(grads, made, strict=True):
+        wanted = grad.double().T @ x.double() @ memory.double().T @ memory.double()
+        size = grad.double().norm() * x.double().norm()
+        assert float((dw.double() - wanted).norm() / size) < 1e-5
