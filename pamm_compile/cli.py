@@ -103,7 +103,8 @@ def _recommend(chosen: argparse.Namespace) -> str:
     subject = _subject(chosen)
     found = recommend(
         subject.model,
-        max_error=chosen.max_error,
+        max_error=0.3 if chosen.time is None and chosen.max_error is None else chosen.max_error,
+        time=chosen.time,
         draws=chosen.draws,
         loss=_loss_of,
         **subject.batch,
@@ -232,8 +233,10 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("fidelity", "recommend"):
             command.add_argument("--draws", type=int, default=4, help="of every method")
         if name == "recommend":
-            text = "relative error of a weight gradient that is allowed"
-            command.add_argument("--max-error", type=float, default=0.3, help=text)
+            text = "relative error of a weight gradient that is allowed (default: 0.3)"
+            command.add_argument("--max-error", type=float, help=text)
+            text = "of a step by an exact one's, in place of an error: the least error in so much"
+            command.add_argument("--time", type=float, help=text)
         if name == "compare":
             command.add_argument("--budget", type=float, default=0.99, help="of the further arms")
             command.add_argument("--steps", type=int, default=10, help="timed steps of each arm")

@@ -26,6 +26,7 @@ from pamm_compile.methods.base import Method, Remembering
 from pamm_compile.methods.sampling import content_seed
 from pamm_compile.names import Names
 from pamm_compile.rules import Rule, make_rules
+from pamm_compile.sites.cost import saved_time
 from pamm_compile.size import Size, exact_cost
 from pamm_compile.targets import TARGETS
 
@@ -59,6 +60,9 @@ class SiteFidelity:
     bytes_stored: int
     flops_saved: float
     """As a share of those of the exact weight gradients; below 0 where there are more."""
+    flops_exact: int
+    time: float
+    """Of making the weight gradients, by a model of it, as a multiple of exactly."""
 
 
 class Fidelity:
@@ -292,6 +296,8 @@ def _compare(observation: Observation, method: Method, draws: int) -> SiteFideli
         bytes_exact=size.bytes,
         bytes_stored=method.stored_bytes(size),
         flops_saved=1 - method.cost(size).flops / exact_cost(size).flops,
+        flops_exact=exact_cost(size).flops,
+        time=1 - saved_time(method, size),
     )
 
 

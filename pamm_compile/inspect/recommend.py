@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from pamm_compile import checks
+from pamm_compile.errors import InvalidOptionError
 from pamm_compile.inspect.fidelity import Fidelity, SiteFidelity, fidelity, root_mean_square
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.method import Pamm
 from pamm_compile.methods.quantized.method import Quantized
+from pamm_compile.methods.remembered.method import GradientSubspace
 from pamm_compile.methods.subspace.method import Subspace
 
 CANDIDATES: tuple[Method, ...] = (
@@ -22,8 +25,12 @@ CANDIDATES: tuple[Method, ...] = (
     *(Subspace(rank) for rank in (0.02, 0.05, 0.1, 0.2, 0.4)),
     Quantized(4),
     Quantized(8),
+    *(GradientSubspace(rank) for rank in (0.0625, 0.125, 0.25)),
 )
 """What `recommend` tries where nothing else is asked for."""
+
+_MATMULS = 3
+"""Of a linear layer in a step: forward, and the gradients of input and weight."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,8 @@ class Recommendation:
 
     rules: dict[str, Method | None]
     """{target: method}; None leaves a target exact, since nothing met the error."""
-    max_error: float
+    max_error: float | None
+    """None where a time was asked for."""
     fidelity: Fidelity
     worst: dict[tuple[str, str], float]
     """The largest error of each target and method, of all times that were asked for."""
@@ -66,7 +74,12 @@ class Recommendation:
         chosen = [f"{t}: {'exact' if m is None else m}" for t, m in self.rules.items()]
         margin = self.asked["margin"]
         share = "" if margin == 1 else f" / {margin:g}"
-        head = f"error at most {self.max_error:g}{share}, at the fewest bytes:"
+        head = f"error at most {self.max_error}{share}, at the fewest bytes:"
+        if self.max_error is None:
+            head = (
+                f"the least error in {self.asked['time']:g} of a step's time, "
+                f"{self.predicted_time:.2f} by a model of it:"
+            )
         return "\n".join(
             [head, *(f"  {each}" for each in chosen), "", self.fidelity.text(sites=False)]
         )
@@ -74,13 +87,25 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         rules = {t: None if m is None else str(m) for t, m in self.rules.items()}
-        return {"rules": rules, "max_error": self.max_error, **self.fidelity.to_dict()}
+        asked = {"max_error": self.max_error, "time": self.asked["time"]}
+        return {"rules": rules, **asked, **self.fidelity.to_dict()}
+
+    @property
+    def predicted_time(self) -> float:
+        """A step's time with these rules by an exact one's, by a model of it: matmuls alone."""
+        chosen = {(t, str(m)) for t, m in self.rules.items() if m is not None}
+        return 1 - sum(
+            _saved(rows, self.fidelity)
+            for key, rows in self.fidelity.by_target().items()
+            if key in chosen
+        )
 
 
 def recommend(
     model: torch.nn.Module,
     *args: Any,
-    max_error: float,
+    max_error: float | None = None,
+    time: float | None = None,
     margin: float = 1.0,
     methods: Sequence[Method] = CANDIDATES,
     draws: int = 2,
@@ -97,10 +122,15 @@ def recommend(
     `Recommendation.renewed` whenever the number of steps has doubled, with a margin for the steps
     between. The error of the gradients is not the loss: train a little with the rules and without.
 
+    With `time`, it chooses the methods of all targets together: of those that bring a step down to
+    so much of its time, by a model, those with the least squares of errors; the fastest where none
+    does. Weight gradients count as a third of a step there.
+
     Args:
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
         max_error: ‖dŴ − dW‖ / ‖dW‖ of one step, above 0.
+        time: of a step by an exact one's, in (0, 1), in place of `max_error`.
         margin: factor by which errors may grow until the next choice, at least 1.
         methods: to choose from.
         draws: of every method, at least 1.
@@ -115,16 +145,29 @@ def recommend(
         InvalidOptionError: a value is not allowed.
         MeasurementError: the model returns no loss, or nothing was found.
     """
-    hint = "0.3 asks for gradients within 30 % of the exact ones."
-    limit = checks.number("max_error", max_error, "a number above 0", hint)
-    if limit <= 0:
-        raise checks.refusal("max_error", max_error, "a number above 0", hint)
+    if (max_error is None) == (time is None):
+        raise InvalidOptionError(
+            "recommend() needs either max_error, a limit of the gradients' error, or time, a share "
+            "of a step's. For example max_error=0.2 or time=0.85."
+        )
+    limit, within = None, None
+    if max_error is not None:
+        hint = "0.3 asks for gradients within 30 % of the exact ones."
+        limit = checks.number("max_error", max_error, "a number above 0", hint)
+        if limit <= 0:
+            raise checks.refusal("max_error", max_error, "a number above 0", hint)
+    if time is not None:
+        hint = "0.85 asks for steps that take 0.85 of an exact one's time."
+        within = checks.number("time", time, "a number in (0, 1)", hint)
+        if not 0 < within < 1:
+            raise checks.refusal("time", time, "a number in (0, 1)", hint)
     allowed, more = "a finite number of at least 1", "2 is for errors that may double; 1 for none."
     factor = checks.number("margin", margin, allowed, more)
     if not 1 <= factor < math.inf:
         raise checks.refusal("margin", margin, allowed, more)
     measured = {"methods": tuple(methods), "draws": draws, "loss": loss, "progress": progress}
-    return _recommend(model, {}, {"max_error": limit, "margin": factor, **measured}, args, kwargs)
+    asked = {"max_error": limit, "time": within, "margin": factor, **measured}
+    return _recommend(model, {}, asked, args, kwargs)
 
 
 def _recommend(
@@ -139,6 +182,12 @@ def _recommend(
     named = {str(method): method for method in asked["methods"]}
     by_target = found.by_target()
     worst = {key: max(_error(rows), before.get(key, 0.0)) for key, rows in by_target.items()}
+    if asked["time"] is not None:
+        quick = {
+            target: named.get(method)
+            for target, method in _in_time(found, worst, asked["time"]).items()
+        }
+        return Recommendation(quick, None, found, worst, asked)
     allowed = asked["max_error"] / asked["margin"]
     rules: dict[str, Method | None] = {}
     for target in found.targets:
@@ -150,6 +199,35 @@ def _recommend(
         # Of equally few bytes the one named first.
         rules[target] = named[min(close, key=lambda pair: pair[0])[1]] if close else None
     return Recommendation(rules, asked["max_error"], found, worst, asked)
+
+
+def _in_time(
+    found: Fidelity, worst: Mapping[tuple[str, str], float], time: float
+) -> dict[str, str]:
+    """Return a method's name for each target, "" for exact ones."""
+    # By target: name, what is saved of a step, and the squares of errors of all sites.
+    options = []
+    for target in found.targets:
+        of = [(name, rows) for (t, name), rows in found.by_target().items() if t == target]
+        made = [(name, _saved(r, found), len(r) * worst[target, name] ** 2) for name, r in of]
+        options.append([("", 0.0, 0.0), *made])
+
+    def saved(choice: Sequence[tuple[str, float, float]]) -> float:
+        return sum(each[1] for each in choice)
+
+    choices = list(itertools.product(*options))
+    enough = [choice for choice in choices if 1 - saved(choice) <= time]
+    if enough:
+        best = min(enough, key=lambda choice: (sum(each[2] for each in choice), -saved(choice)))
+    else:
+        best = max(choices, key=saved)
+    return dict(zip(found.targets, (name for name, _, _ in best), strict=True))
+
+
+def _saved(rows: Sequence[SiteFidelity], found: Fidelity) -> float:
+    """Return what a method saves of a step at some sites."""
+    every = {row.parameters: row.flops_exact for row in found.sites}
+    return sum((1 - r.time) * r.flops_exact for r in rows) / sum(every.values()) / _MATMULS
 
 
 def _bytes(rows: Sequence[SiteFidelity]) -> int:
