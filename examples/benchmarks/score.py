@@ -13,7 +13,7 @@ runs of several lengths, each with a schedule of its own, say how many exact ste
     time to exact's score = (N / s) · (time of a step by exact's)
 
 Times of a step are paired: all arms take every batch in turn. Runs that --out holds are not made
-again. Learning rates are chosen for every arm alike, by its own loss with seed 0.
+again. Learning rates are chosen for every arm alike, by its own losses.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import statistics
 import sys
 import time
@@ -259,13 +260,20 @@ def period_of(arm: Arm) -> int:
 
 
 def best_rates(records: Sequence[Record]) -> dict[tuple[str, str], float]:
-    """Return, by task and arm, the learning rate whose run with seed 0 ends lowest."""
-    found: dict[tuple[str, str], tuple[float, float]] = {}
+    """Return, by task and arm, the learning rate whose runs end lowest.
+
+    By the mean of all seeds where any rate was run with all, by seed 0 before.
+    """
+    losses: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
     for each in records:
-        key = (each["task"], each["arm"])
-        if each.get("seed") == 0 and each["loss"] < found.get(key, (float("inf"), 0.0))[0]:
-            found[key] = (each["loss"], each["rate"])
-    return {key: rate for key, (_, rate) in found.items()}
+        of = losses.setdefault((each["task"], each["arm"]), {}).setdefault(each["rate"], {})
+        of[each["seed"]] = each["loss"]
+
+    def order(of: dict[int, float]) -> tuple[bool, float]:
+        whole = len(of) >= SEEDS
+        return not whole, statistics.fmean(of.values()) if whole else of.get(0, math.inf)
+
+    return {key: min(rates, key=lambda r: order(rates[r])) for key, rates in losses.items()}
 
 
 def table(task: Task, records: Sequence[Record]) -> list[str]:
