@@ -1,6 +1,6 @@
 """Tune a pretrained sentence encoder to find Python functions by their docstrings.
 
-    python examples/encoder.py                             # six minutes on two cores
+    python examples/encoder.py                             # seven minutes on two cores
     python examples/encoder.py --rules "linear=subspace"
 
 A copy of the encoder trains exactly, one exactly with the batches in another order, and one with
