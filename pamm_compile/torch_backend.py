@@ -94,15 +94,15 @@ class Backend:
         # Without Inductor no cache answers in the passes' place.
         cached = self.options.base == "inductor" and pipeline.cacheable
         recorded = RecordedReport(gm, pipeline, example_inputs) if cached else None
-        # Compiling changes the graph.
-        own = aot.with_further_inputs(gm, ()) if period(self.options) > 1 else gm
+        # Compiling changes the graph, of which another one may be made.
+        untouched = aot.with_further_inputs(gm, ()) if period(self.options) > 1 else gm
         compiled = compile_graph(
-            own, example_inputs, pipeline, base=self.options.base, settings=chosen
+            gm, example_inputs, pipeline, base=self.options.base, settings=chosen
         )
         report = recorded.settle(pipeline.report) if recorded else found(pipeline)
         compiled = with_memories(
             compiled,
-            gm,
+            untouched,
             example_inputs,
             report,
             self.options,

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 import pamm_compile
 from pamm_compile import GradientSubspace
+from pamm_compile.private import aot
 from pamm_compile.report import GraphReport, memories
 
 METHOD = GradientSubspace(8, every=3)
@@ -214,6 +216,26 @@ def test_passes_of_others_are_not_counted() -> None:
         gradients(model, model, step)
     found, exact = gradients(model, compiled, 1), gradients(model, model, 1)
     assert error(found["up.weight"], exact["up.weight"]) > 0.1
+
+
+def test_a_graph_without_inputs_runs() -> None:
+    compiled = torch.compile(lambda: torch.ones(3) * 2, backend=backend())
+    assert torch.equal(compiled(), torch.full((3,), 2.0))
+
+
+def test_a_graph_of_more_inputs_keeps_what_dynamo_knows() -> None:
+    seen: list[tuple[GraphModule, GraphModule]] = []
+
+    def look(gm: GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append((gm, aot.with_further_inputs(gm, [torch.zeros(2, 3)])))
+        return gm.forward
+
+    torch.compile(Block(), backend=look)(batch(0))
+    ((gm, wider),) = seen
+    assert "_param_name_to_source" in vars(gm)
+    assert vars(gm).keys() <= vars(wider).keys()
+    places, more = (g.graph.find_nodes(op="placeholder") for g in (gm, wider))
+    assert [each._dynamo_source for each in more] == [*(p._dynamo_source for p in places), None]
 
 
 def test_without_gradients_the_graph_is_left_alone() -> None:

@@ -152,16 +152,17 @@ def with_further_inputs(
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source
     copied.meta.update(gm.meta)
-    own = copied.graph.find_nodes(op="placeholder")
+    # Dynamo says there of which variables parameters come; without it nothing is a static input.
+    copied.__dict__.update({n: v for n, v in gm.__dict__.items() if n not in copied.__dict__})
+    own = list(copied.graph.find_nodes(op="placeholder"))
     values = [node.meta.get("example_value") for node in own]
     mode = _detect_fake_mode([value for value in values if value is not None])
-    cursor = own[-1]
     for number, example in enumerate(examples):
-        with copied.graph.inserting_after(cursor):
-            cursor = copied.graph.placeholder(f"remembered_{number}")
-        cursor._dynamo_source = None
+        with copied.graph.inserting_after(own[-1]):
+            own.append(copied.graph.placeholder(f"remembered_{number}"))
+        own[-1]._dynamo_source = None
         if mode is not None:
-            cursor.meta["example_value"] = mode.from_tensor(example, static_shapes=True)
+            own[-1].meta["example_value"] = mode.from_tensor(example, static_shapes=True)
     copied.recompile()
     return copied
 
