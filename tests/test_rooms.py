@@ -36,7 +36,7 @@ ROOMS = (
         "methods.identity",
         "methods.checked",
     ),
-    ("methods.base", "methods.codes", "methods.draws", "methods.triton"),
+    ("methods.base", "methods.codes", "methods.draws", "methods.rank", "methods.triton"),
     ("methods.sampling",),
     ("names", "devices", "targets"),
     ("graph",),

@@ -56,14 +56,7 @@ METHODS = (
     "gradients",
     "quantized:8",
 )
-FLOAT8_METHODS = (
-    "pamm:256",
-    "pamm:64",
-    "subspace:0.0625",
-    "subspace:0.125",
-    "gradients",
-    "quantized:8",
-)
+FLOAT8_METHODS = METHODS[1:]
 HIGH_PRECISION_DW = "rowwise_with_gw_hp"
 RECIPES = (HIGH_PRECISION_DW, "rowwise", "tensorwise")
 GENERATORS = (64, 128, 256, 512)

@@ -96,8 +96,7 @@ def weight_gradients(
         MethodError: the method failed, wrote to its arguments, or returned something else.
     """
     name = _name(method, "weight_gradients")
-    given = {f"stored[{i}]": each for i, each in enumerate(stored)}
-    given |= {f"grads[{i}]": each for i, each in enumerate(grads)}
+    given = _numbered("stored", stored) | _numbered("grads", grads)
     made: Any = _call(name, given, lambda: method.weight_gradients(stored, grads, transposed))
     return _matrices(name, made, grads, transposed, features)
 
@@ -120,8 +119,7 @@ def weight_gradients_along(
     assert isinstance(method, Remembering)
     name = _name(method, "weight_gradients_along")
     *kept, memory = stored
-    given = {f"stored[{i}]": each for i, each in enumerate(kept)} | {"memory": memory}
-    given |= {f"grads[{i}]": each for i, each in enumerate(grads)}
+    given = _numbered("stored", kept) | {"memory": memory} | _numbered("grads", grads)
     made: Any = _call(
         name, given, lambda: method.weight_gradients_along(kept, memory, grads, transposed)
     )
@@ -147,6 +145,10 @@ def _matrices(
                 f"{', and wanted transposed' if flip else ''}."
             )
     return list(made)
+
+
+def _numbered(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"{name}[{number}]": each for number, each in enumerate(tensors)}
 
 
 def _call(name: str, given: Mapping[str, Tensor], call: Callable[[], T]) -> T:

@@ -105,7 +105,8 @@ def test_what_gradients_have_in_common_is_told_from_their_noise() -> None:
     methods = [GradientSubspace(2)]
     rows = fidelity(model, x, methods=methods, draws=1, loss=loss).sites
     for row in rows:
-        assert row.error > 0.15
+        # What is lost is noise nearly alone.
+        assert row.error > 5 * abs(1 - row.lasting)
         assert row.lasting == pytest.approx(1, abs=0.1)
 
 

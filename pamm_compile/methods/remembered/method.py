@@ -9,7 +9,6 @@ No step looks for directions in X: they come from a gradient that had to be made
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +18,9 @@ from torch import Tensor
 from pamm_compile import checks
 from pamm_compile.devices import DeviceFigures, predicted_seconds
 from pamm_compile.methods.quantized.method import Quantized
+from pamm_compile.methods.rank import checked_rank, directions
 from pamm_compile.size import Cost, Size
 
-_MULTIPLE = 8
 _ITERATIONS = 2
 _SEED = 0
 
@@ -61,12 +60,7 @@ class GradientSubspace:
     every: int = 10
 
     def __post_init__(self) -> None:
-        allowed = f"a share in (0, 1) or an integer of at least 1 and at most {checks.MOST}"
-        hint = "0.1 keeps a tenth of the directions, 64 keeps 64."
-        rank = checks.number("rank", self.rank, allowed, hint)
-        if not (0 < rank < 1 or (1 <= rank <= checks.MOST and rank.is_integer())):
-            raise checks.refusal("rank", self.rank, allowed, hint)
-        object.__setattr__(self, "rank", int(rank) if rank >= 1 else rank)
+        object.__setattr__(self, "rank", checked_rank(self.rank))
         hint = "10 makes every tenth weight gradient nearly exactly."
         object.__setattr__(self, "every", checks.integer("every", self.every, 2, hint))
 
@@ -81,11 +75,8 @@ class GradientSubspace:
 
     def directions(self, features: int, outputs: Sequence[int]) -> int:
         """Return r for an input and its projections; 0 where there is nothing to leave out."""
-        wanted = self.rank
-        if self.rank < 1:
-            share = math.ceil(self.rank * min(features, sum(outputs)))
-            wanted = -(-share // _MULTIPLE) * _MULTIPLE
-        return int(wanted) if wanted < features else 0
+        r = directions(self.rank, features, outputs)
+        return r if r < features else 0
 
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
         """Return X in 8 bits, as `Quantized(8)` does."""

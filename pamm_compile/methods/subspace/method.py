@@ -19,13 +19,13 @@ from torch import Tensor
 
 from pamm_compile import checks
 from pamm_compile.methods.codes import Bits, Rows, Steps
+from pamm_compile.methods.rank import checked_rank, directions
 from pamm_compile.methods.subspace.directions import drawn_directions, principal_directions
 from pamm_compile.size import Cost, Size
 
 TOKENS_A_SCALE = 256
 """Coefficients of so many tokens along one direction share a scale."""
 
-_MULTIPLE = 8
 # More of either changes nothing but the time.
 _MOST_ITERATIONS, _MOST_CANDIDATES = 32, 1024
 # Of blocked right-looking algorithms, as libraries for GPUs have them: columns at a time, and
@@ -71,12 +71,7 @@ class Subspace:
     candidates: float = 1.0
 
     def __post_init__(self) -> None:
-        allowed = f"a share in (0, 1) or an integer of at least 1 and at most {checks.MOST}"
-        hint = "0.1 keeps a tenth of the input's directions, 64 keeps 64."
-        rank = checks.number("rank", self.rank, allowed, hint)
-        if not (0 < rank < 1 or (1 <= rank <= checks.MOST and rank.is_integer())):
-            raise checks.refusal("rank", self.rank, allowed, hint)
-        object.__setattr__(self, "rank", int(rank) if rank >= 1 else rank)
+        object.__setattr__(self, "rank", checked_rank(self.rank))
         # Of 4.0, say, the traced code would be the same, but not the fingerprint.
         if not any(repr(self.bits) == repr(each) for each in (None, 4, 8)):
             hint = "None keeps coefficients and basis in the input's own dtype."
@@ -100,10 +95,7 @@ class Subspace:
 
     def directions(self, features: int, outputs: Sequence[int]) -> int:
         """Return r for an input and its projections, at most the number of features."""
-        if self.rank >= 1:
-            return min(int(self.rank), features)
-        wanted = math.ceil(self.rank * min(features, sum(outputs)))
-        return min(features, -(-wanted // _MULTIPLE) * _MULTIPLE)
+        return directions(self.rank, features, outputs)
 
     def found(self, features: int, outputs: Sequence[int]) -> int:
         """Return the directions of which r are kept: r of them unless there are candidates."""

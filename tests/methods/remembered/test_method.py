@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -68,6 +68,7 @@ def test_it_is_nearly_the_best_of_so_many_directions() -> None:
     memory = GradientSubspace(8).remember([gradient])
     sizes = torch.linalg.svdvals(gradient)
     left = float((gradient - gradient @ memory.T @ memory).norm())
+    # Two iterations, on sizes that fall by no more than a thirtieth at a time.
     assert left < 1.06 * float(sizes[8:].norm())
 
 
@@ -159,8 +160,7 @@ def test_of_any_sizes_gradients_lie_along_orthonormal_directions(
     seed: int, tokens: int, features: int, outputs: list[int], rank: float, scale: float
 ) -> None:
     method = GradientSubspace(rank)
-    if not method.directions(features, outputs):
-        return
+    assume(method.directions(features, outputs))
     x = normal(seed, tokens, features)
     grads = [normal(seed + p, tokens, m) * scale for p, m in enumerate(outputs, 1)]
     memory = method.remember([grad.T @ x for grad in grads])
