@@ -205,22 +205,6 @@ def _losses(name: str) -> list[str]:
     return _as_written_today(quality.table(tables.records(RECORDS / name)).splitlines())
 
 
-def _race_shown() -> list[str]:
-    """Return some races under names that need no other row: steps by seed, and the mean time."""
-    rows = {line.split("|")[3].strip(): line for line in scratch.races(RECORDS)}
-    cells = [
-        [name, *(rows[label].split("|")[n].strip() for n in (1, 6, 9))]
-        for label, name in SHOWN_RACES.items()
-    ]
-    return tables.markdown(["method", "width", "steps", "time"], cells)
-
-
-def _gaps(name: str, methods: Sequence[str]) -> list[str]:
-    """Return bytes and gaps of some methods, without losses, means and setting."""
-    lines = _only(_losses(name)[2:], methods)
-    return ["|" + "|".join(line.split("|")[n] for n in (1, 2, 4)) + "|" for line in lines]
-
-
 def _as_written_today(lines: list[str]) -> list[str]:
     """Return the lines of a table with methods spelled as choices.py does.
 
@@ -284,18 +268,6 @@ SHOWN_STEPS = tuple(
         "60M: whole model",
     )
 )
-SHOWN_WHOLE = (
-    "generators:16",
-    "generators:fill=20 on linear",
-    "generators:fill=35 on linear",
-    "subspace:34 on linear",
-    "subspace:61 on linear",
-)
-SHOWN_RACES = {
-    "the same, found on half as many rows": "Subspace, r = 64, 96 at down, `candidates=1.5:rows=8`",
-    "r = 32, and 96 at down": "Subspace, r = 32, 96 at down",
-    "PAMM on Q, K and V, the paper's": "PAMM on Q, K and V, ratio 256",
-}
 TABLES: dict[str, Callable[[], list[str]]] = {
     "score-encoder": functools.partial(_scores, "encoder"),
     "score-scratch": functools.partial(_scores, "scratch"),
@@ -321,13 +293,11 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "bytes-rules": lambda: partitions.targets_table(_record("partitions-targets.json")["models"]),
     "loss-tuning": lambda: _losses("quality-tuning.jsonl"),
     "loss-whole": lambda: _losses("quality-whole.jsonl"),
-    "loss-whole-shown": lambda: _gaps("quality-whole.jsonl", SHOWN_WHOLE),
     "loss-adapters": _adapters,
     **{
         f"random-{name}": functools.partial(scratch.study, RECORDS, rows)
         for name, rows in scratch.TABLES.items()
     },
-    "random-race-shown": _race_shown,
     "random-race": functools.partial(scratch.races, RECORDS),
     "loss-tuning-512": lambda: _losses("quality-tuning-512.jsonl"),
     "loss-wide": lambda: _losses("quality-wide.jsonl"),

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from pamm_testing.programs import CHECKOUT
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import pamm_compile
 from examples.studies import results
+from pamm_compile.private import memory
 from pamm_compile.targets import TARGETS
 
 PAGES = results.pages()
@@ -85,6 +87,26 @@ def test_the_first_snippet_runs_as_written(capsys: pytest.CaptureFixture[str]) -
     scope = {"model": torch.nn.Linear(2, 2)}
     exec(snippet, scope)
     assert capsys.readouterr().out == "nothing compiled yet\n"
+
+
+def test_the_report_on_the_first_page_is_one() -> None:
+    readme = (CHECKOUT / "README.md").read_text()
+    (shown,) = re.findall(r"^```text\n(.*?)^```$", readme, re.S | re.M)
+    sizes = {"hidden_size": 512, "intermediate_size": 1376, "vocab_size": 32000}
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 8, "use_cache": False}
+    with memory.fake_mode():
+        model = LlamaForCausalLM._from_config(LlamaConfig(**sizes, **layers), dtype=torch.bfloat16)
+        ids = torch.zeros(8, 256, dtype=torch.int64)
+        found = str(pamm_compile.explain(model, input_ids=ids, labels=ids))
+    lines = [line.split() for line in found.splitlines()]
+    for line in shown.splitlines():
+        if not line.startswith("──"):
+            assert line.split() in lines
+
+
+def test_every_table_is_shown() -> None:
+    text = "".join(page.read_text() for page in results.pages())
+    assert [name for name in results.TABLES if f"<!-- table: {name} -->" not in text] == []
 
 
 def test_tables_are_what_their_records_say(capsys: pytest.CaptureFixture[str]) -> None:
