@@ -61,6 +61,14 @@ class Arm(NamedTuple):
     budget: float = 1.0
     """Of the activation memory that torch.compile may keep."""
     goal: Goal = "speed"
+    order: int = 0
+    """Another one takes the batches of a seed in another order."""
+
+
+def tuning(model: nn.Module, rate: float) -> torch.optim.Optimizer:
+    """Return AdamW over what is trained of a pretrained model."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, rate, weight_decay=0.01)
 
 
 _EXACT = {
@@ -91,9 +99,9 @@ class Task:
     model: Callable[[], nn.Module]
     batches: Callable[[int], Iterator[Any]]
     loss: Callable[[Callable[..., Any], Any], Tensor]
-    score: Callable[[nn.Module], dict[str, float]]
-    decay: float
-    """Of weights, a step and rate."""
+    score: Callable[[nn.Module], dict[str, Any]]
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    """Of what is trained, at a peak learning rate."""
 
 
 _WIDTH, _LAYERS, _HEADS, _WINDOWS, _BYTES = 512, 2, 8, 8, 256
@@ -123,7 +131,7 @@ TASKS = {
         encoder.batches,
         lambda call, batch: call(*batch),
         encoder.score,  # type: ignore[arg-type]
-        0.01,
+        tuning,
     ),
     "scratch": Task(
         "scratch",
@@ -134,7 +142,7 @@ TASKS = {
         _windows,
         lambda call, batch: call(**batch).loss,
         _validation,
-        0.1,
+        training.optimizer_of,
     ),
 }
 
@@ -155,13 +163,6 @@ def made(task: Task, arm: Arm, seed: int, base: str) -> tuple[nn.Module, Callabl
     return model, torch.compile(model, backend=backend)
 
 
-def optimizer(model: nn.Module, task: Task, rate: float) -> torch.optim.Optimizer:
-    """Return AdamW over what is trained."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    betas = (0.9, 0.95) if task.name == "scratch" else (0.9, 0.999)
-    return torch.optim.AdamW(trained, rate, betas=betas, weight_decay=task.decay)
-
-
 def step(task: Task, model: nn.Module, call: Any, batch: Any, update: Any) -> None:
     """Take one step."""
     update.zero_grad()
@@ -170,25 +171,30 @@ def step(task: Task, model: nn.Module, call: Any, batch: Any, update: Any) -> No
     update.step()
 
 
-def run(task: Task, name: str, seed: int, rate: float, base: str) -> Record:
-    """Train one arm, and return its score."""
+def train(task: Task, arm: Arm, seed: int, rate: float, base: str) -> nn.Module:
+    """Return what an arm trains."""
     torch._dynamo.reset()
-    arm = task.arms[name]
     model, call = made(task, arm, seed, base)
-    update = optimizer(model, task, rate)
+    update = task.optimizer(model, rate)
     steps = round(arm.share * task.steps)
-    data = task.batches(seed)
-    started = time.perf_counter()
+    data = task.batches(seed + 1000 * arm.order)
     for number in range(steps):
         for group in update.param_groups:
-            group["lr"] = training.learning_rate(number, steps, rate)
+            group["lr"] = training.learning_rate(number, steps, rate) * group.get("scale", 1.0)
         step(task, model, call, next(data), update)
+    return model
+
+
+def run(task: Task, name: str, seed: int, rate: float, base: str) -> Record:
+    """Train one arm, and return its score."""
+    started = time.perf_counter()
+    model = train(task, task.arms[name], seed, rate, base)
     return {
         "task": task.name,
         "arm": name,
         "seed": seed,
         "rate": rate,
-        "steps": steps,
+        "steps": round(task.arms[name].share * task.steps),
         **task.score(model),
         "base": base,
         "seconds": round(time.perf_counter() - started, 1),
@@ -207,7 +213,7 @@ def times(task: Task, names: Sequence[str], rounds: int, base: str) -> Record:
     for name in names:
         with torch._functorch.config.patch(activation_memory_budget=arms[name].budget):
             model, call = made(task, arms[name], 0, base)
-            update = optimizer(model, task, 1e-5)
+            update = task.optimizer(model, 1e-5)
             # What remembers takes its other graph in the second step.
             for _ in range(2):
                 step(task, model, call, batch, update)
@@ -232,14 +238,11 @@ def times(task: Task, names: Sequence[str], rounds: int, base: str) -> Record:
 
 
 def steps_worth(loss: float, curve: Sequence[tuple[int, float]]) -> float:
-    """Return how many exact steps end at a loss.
+    """Return how many exact steps end at a loss, by the two exact runs whose losses are nearest.
 
     Args:
         loss: of an arm.
         curve: steps and losses of exact runs, at least two.
-
-    Returns:
-        A point of the line through the two runs whose losses are nearest.
     """
     (n0, l0), (n1, l1) = sorted(curve, key=lambda point: abs(point[1] - loss))[:2]
     return n0 + (loss - l0) * (n1 - n0) / (l1 - l0)
@@ -280,7 +283,7 @@ def table(task: Task, records: Sequence[Record]) -> list[str]:
     """Return the lines of a setting's table; arms that lack a seed or a time say so by a dash."""
     runs = [each for each in records if "loss" in each and each["task"] == task.name]
     clocks = [each for each in records if "times_s" in each and each["task"] == task.name]
-    chosen = _chosen(task, runs)
+    chosen = chosen_runs(task, runs)
     head = ["arm", "learning rate", "held loss", "above exact, by seed"]
     head += ["reciprocal rank"] if task.name == "encoder" else []
     head += ["a step", "saved MiB", "time to exact's score", "by seed"]
@@ -313,7 +316,7 @@ def table(task: Task, records: Sequence[Record]) -> list[str]:
     return tables.markdown(head, rows)
 
 
-def _chosen(task: Task, runs: Sequence[Record]) -> dict[str, dict[int, Record]]:
+def chosen_runs(task: Task, runs: Sequence[Record]) -> dict[str, dict[int, Record]]:
     """Return the runs at the best learning rates, by arm and seed, where there are all seeds."""
     rates, found = best_rates(runs), {}
     for each in runs:
@@ -362,7 +365,7 @@ def main(arguments: list[str] | None = None) -> None:
         task = TASKS[name]
         if args.times:
             names = args.arm or [*(n for n in task.arms if n not in LENGTHS[1:]), *_TIMED_ONLY]
-            _append(args.out, times(task, names, args.rounds, args.base))
+            append(args.out, times(task, names, args.rounds, args.base))
         elif not args.table:
             _run_all(task, args)
         if args.table:
@@ -380,10 +383,10 @@ def _run_all(task: Task, args: argparse.Namespace) -> None:
             key = {"task": task.name, "arm": name, "seed": seed, "rate": rate}
             if any(key.items() <= each.items() for each in runs):
                 continue
-            _append(args.out, run(task, name, seed, rate, args.base))
+            append(args.out, run(task, name, seed, rate, args.base))
 
 
-def _append(path: Path, record: Record) -> None:
+def append(path: Path, record: Record) -> None:
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
     print(

@@ -1,0 +1,80 @@
+"""Time to a score, of records whose answer is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from examples.benchmarks import score
+from examples.benchmarks.score import TASKS, Arm, Task
+
+TASK = TASKS["scratch"]
+EXACT = {"exact": (120, 2.0), "exact-5/6": (100, 2.2), "exact-2/3": (80, 2.6)}
+
+
+def record(arm: str, seed: int, loss: float, steps: int = 120, rate: float = 1e-3) -> Any:
+    return {"task": TASK.name, "arm": arm, "seed": seed, "loss": loss, "steps": steps, "rate": rate}
+
+
+def exact_runs() -> list[Any]:
+    return [record(n, s, loss, steps) for n, (steps, loss) in EXACT.items() for s in range(3)]
+
+
+def rows(records: list[Any]) -> dict[str, list[str]]:
+    lines = [line.strip("| ").split(" | ") for line in score.table(TASK, records)[2:]]
+    return {cells[0]: cells[1:] for cells in lines}
+
+
+@pytest.mark.parametrize(("loss", "steps"), [(2.0, 120), (2.1, 110), (2.4, 90), (1.9, 130)])
+def test_a_loss_is_worth_the_steps_of_the_nearest_exact_runs(loss: float, steps: float) -> None:
+    curve = [(steps, loss) for steps, loss in EXACT.values()]
+    assert score.steps_worth(loss, curve) == pytest.approx(steps)
+
+
+def test_each_kind_of_step_counts_by_its_share() -> None:
+    exact = [1.0] * 12
+    # A neighbour that took the machine for one round changes no median.
+    mine = [1.2, 0.8, 0.8] * 4
+    mine[4] = 9.0
+    assert score.step_ratio(mine, exact, 3) == pytest.approx((1.2 + 0.8 + 0.8) / 3)
+
+
+def test_rates_are_chosen_by_all_seeds_before_one() -> None:
+    runs = [record("gradients", s, 2.5, rate=1e-3) for s in range(3)]
+    runs.append(record("gradients", 0, 2.4, rate=2e-3))
+    assert score.best_rates(runs) == {("scratch", "gradients"): 1e-3}
+    assert score.best_rates([runs[-1], record("gradients", 0, 2.5)]) == {
+        ("scratch", "gradients"): 2e-3
+    }
+
+
+def test_time_to_a_score_is_steps_by_time_of_a_step() -> None:
+    runs = [*exact_runs(), *(record("subspace", seed, 2.1) for seed in range(3))]
+    times = {"exact": [2.0] * 10, "subspace": [1.0] * 10}
+    saved = {"exact": 2**20, "subspace": 2**19}
+    clock = {"task": TASK.name, "times_s": times, "saved_bytes": saved}
+    found = rows([*runs, clock])
+    loss, gaps, step, mebibytes, mean, by_seed = found["Subspace, rank 1/8"][1:]
+    assert (loss, gaps, step, mebibytes) == ("2.1000", "+0.100, +0.100, +0.100", "0.50", "0.5")
+    # 120 steps are worth 110 exact ones, and take half of the time each.
+    assert (mean, by_seed) == ("0.55", "0.55, 0.55, 0.55")
+    assert found["exact"][-2] == "1.00"
+
+
+def test_an_arm_without_three_seeds_is_left_out() -> None:
+    runs = [*exact_runs(), *(record("subspace", seed, 2.1) for seed in range(2))]
+    assert list(rows(runs)) == [TASK.arms[name].label for name in EXACT]
+
+
+def test_another_order_takes_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def batches(seed: int) -> Any:
+        seen.append(seed)
+        return TASK.batches(seed)
+
+    setting = Task(**{**vars(TASK), "steps": 0, "batches": batches})
+    for order in (0, 2):
+        score.train(setting, Arm("exact", order=order), 1, 1e-3, "eager")
+    assert seen == [1, 2001]
