@@ -107,12 +107,15 @@ T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
             _small("roberta", "RobertaForTokenClassification", max_position_embeddings=66),
             marks=pytest.mark.everything,
         ),
-        {
-            "architectures": ["T5ForConditionalGeneration"],
-            "model_type": "t5",
-            "vocab_size": 61,
-            **T5,
-        },
+        pytest.param(
+            {
+                "architectures": ["T5ForConditionalGeneration"],
+                "model_type": "t5",
+                "vocab_size": 61,
+                **T5,
+            },
+            marks=pytest.mark.everything,
+        ),
     ],
     ids=lambda config: str(config["architectures"][0]),
 )

@@ -70,7 +70,8 @@ def test_entries_are_within_the_bound_and_bytes_are_those_said(
     assert (off <= coder.bound(x) + rounding).all()
 
 
-@given(formats, seeds, st.integers(2, 300), st.integers(2, 20))
+# A row of few features may hold nothing but its largest entry and zeros, which are codes.
+@given(formats, seeds, st.integers(2, 300), st.integers(8, 24))
 @settings(max_examples=40)
 def test_the_bound_is_not_far_above(coder: Format, seed: int, b: int, n: int) -> None:
     x = heavy(seed, b, n)

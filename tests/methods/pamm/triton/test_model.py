@@ -138,6 +138,7 @@ def test_llama() -> None:
     check_compiles(generated)
 
 
+@pytest.mark.everything
 def test_llama_with_dynamic_shapes() -> None:
     generated = generate(1, dynamic=True)
     for which in ("forward", "backward"):
