@@ -48,9 +48,9 @@ def test_correlation_is_of_ranks(other: list[float], wanted: float) -> None:
     assert errors.by_rank([0.1, 0.2, 0.4], other) == pytest.approx(wanted)
 
 
-def test_a_run_has_errors_where_it_is_exact(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_has_errors_where_it_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "_WINDOWS", 2)
+    monkeypatch.setattr(errors, "_BYTES", 64)
     tiny = models.Shape("llama", 32, 1, 2, 64, 256, 64)
     setting = dataclasses.replace(errors.task(2), model=lambda: models.build(tiny))
     chosen = {name: errors.METHODS[name] for name in ("eight", "subspace")}
