@@ -65,6 +65,15 @@ def integer(name: str, given: object, least: int, hint: str, most: int = MOST) -
     return whole
 
 
+def share(name: str, given: object, hint: str) -> float:
+    """Return a number in [0, 1], or raise."""
+    allowed = "a number in [0, 1]"
+    value = number(name, given, allowed, hint)
+    if not 0 <= value <= 1:
+        raise refusal(name, given, allowed, hint)
+    return value
+
+
 def flag(name: str, given: object, hint: str) -> bool:
     """Return True or False, or raise."""
     if not isinstance(given, bool):

@@ -2,7 +2,9 @@
 
     backward passes   0        1        …   T − 1    T
     graph             whole    along    …   along    whole
-                      └ dW of every weight ── method.remember ── memory, an input of "along"
+                      ├ dW of every weight ── method.remember ── memory, an input of "along"
+                      └ dW, memory ── method.lost ──┐
+    gradients         dW               method.restored(dW, lost)
 
 Gradients are seen where they reach the parameters, outside of any graph; nothing is kept in the
 model. Passes are counted by the gradients that arrive, not by calls: of a block that is
@@ -14,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,32 +51,48 @@ class Memory:
         rows = self.method.directions(self.features, self.where.outputs)
         return torch.zeros(rows, self.features, dtype=self.dtype, device=self.device)
 
-    def of(self, gradients: Mapping[int, Tensor], before: Tensor | None) -> Tensor:
-        """Return the memory of new gradients; the one before where they are not all finite."""
+    def of(self, gradients: Mapping[int, Tensor], before: Known | None) -> Known:
+        """Return what is known of new gradients; what was before where they are not all finite."""
         found = []
         for (place, flip), outputs in zip(self.where.weights, self.where.outputs, strict=True):
             grad = gradients[place].detach()
             shape = (self.features, outputs) if flip else (outputs, self.features)
             matrix = grad.reshape(shape)
             found.append(matrix.T if flip else matrix)
-        made = self.method.remember(found).to(self.dtype)
+        memory = self.method.remember(found).to(self.dtype)
+        lost = {}
+        for matrix, (place, flip) in zip(found, self.where.weights, strict=True):
+            left = self.method.lost(matrix, memory)
+            if left is not None:
+                lost[place] = (left.T if flip else left).reshape(gradients[place].shape)
         if before is None:
-            return made
+            return Known(memory, lost)
         finite = torch.stack([each.isfinite().all() for each in found]).all()
-        return torch.where(finite, made, before)
+        return Known(
+            torch.where(finite, memory, before.memory),
+            {place: torch.where(finite, new, before.lost[place]) for place, new in lost.items()},
+        )
 
 
-@dataclass
+class Known(NamedTuple):
+    """What is remembered of some weights."""
+
+    memory: Tensor
+    lost: dict[int, Tensor]
+    """What is added to gradients, by the input of the graph that the weight is."""
+
+
+@dataclass(eq=False)
 class _State:
     """What is known for the parameters that a graph is called with."""
 
     memories: Sequence[Memory]
     every: int
-    known: list[Tensor | None] = field(init=False)
+    known: list[Known | None] = field(init=False)
     passes: int = 0
     """Backward passes since the last memory was made."""
-    waits: bool = False
-    """Whether the graph was called since the last gradient: others may use the weights too."""
+    waits: set[int] = field(default_factory=set)
+    """Places of which no gradient arrived since the graph was called: others may use them too."""
     collects: bool = False
     arrived: dict[int, Tensor] = field(default_factory=dict)
 
@@ -82,22 +100,44 @@ class _State:
         self.known = [None] * len(self.memories)
 
     @property
+    def places(self) -> set[int]:
+        """Of all weights."""
+        return {place for memory in self.memories for place in memory.places}
+
+    @property
     def is_due(self) -> bool:
         return self.passes >= self.every or any(each is None for each in self.known)
 
-    def arrive(self, place: int, grad: Tensor) -> None:
-        """Take notice of a gradient."""
-        if self.waits and place == self.memories[0].places[0]:
-            self.waits = False
+    def arrive(self, place: int, grad: Tensor, *, is_last: bool) -> Tensor | None:
+        """Take notice of a gradient, and return it restored where the graph lost a part of it.
+
+        Args:
+            place: of the weight among the inputs.
+            grad: of it.
+            is_last: whether no other graph used the weight since.
+        """
+        is_ours = place in self.waits
+        if is_ours and place == self.memories[0].places[0]:
             self.passes += 1
-        if not self.collects:
-            return
+        self.waits.discard(place)
+        with torch.no_grad():
+            if self.collects:
+                self._collect(place, grad)
+                return None
+            return self._restored(place, grad) if is_ours and is_last else None
+
+    def _restored(self, place: int, grad: Tensor) -> Tensor | None:
+        for memory, known in zip(self.memories, self.known, strict=True):
+            if known is not None and place in known.lost:
+                return memory.method.restored(grad, known.lost[place])
+        return None
+
+    def _collect(self, place: int, grad: Tensor) -> None:
         self.arrived[place] = grad
         for number, memory in enumerate(self.memories):
             if place in memory.places and self.arrived.keys() >= set(memory.places):
-                with torch.no_grad():
-                    self.known[number] = memory.of(self.arrived, self.known[number])
-        if self.arrived.keys() >= {p for memory in self.memories for p in memory.places}:
+                self.known[number] = memory.of(self.arrived, self.known[number])
+        if self.arrived.keys() >= self.places:
             self.arrived.clear()
             self.collects, self.passes = False, 1
 
@@ -118,11 +158,13 @@ class TwoGraphs:
 
     def __call__(self, *args: Any) -> Any:
         state = self._state(args)
-        state.waits = True
+        state.waits = state.places
+        for place in state.places:
+            _CALLED_LAST[args[place]] = weakref.ref(state)
         if state.is_due:
             state.collects = True
             return self._whole(*args)
-        return self._along(*args, *state.known)
+        return self._along(*args, *(known.memory for known in state.known if known is not None))
 
     def _state(self, args: Sequence[Any]) -> _State:
         key = args[self._memories[0].places[0]]
@@ -131,16 +173,26 @@ class TwoGraphs:
             return known
         state = _State(self._memories, min(memory.method.every for memory in self._memories))
         self._states[key] = state
-        for place in {p for memory in self._memories for p in memory.places}:
-            args[place].register_hook(_hook(weakref.ref(state), place))
+        for place in state.places:
+            hook = _hook(weakref.ref(state), weakref.ref(args[place]), place)
+            args[place].register_hook(hook)
         return state
 
 
-def _hook(state: weakref.ref[_State], place: int) -> Callable[[Tensor], None]:
+_CALLED_LAST = WeakIdKeyDictionary()
+"""The state of the graph that used a parameter last, by the parameter. A gradient may be the sum of
+what several graphs made, as where lengths differ, and is restored once."""
+
+
+def _hook(
+    state: weakref.ref[_State], weight: weakref.ref[Tensor], place: int
+) -> Callable[[Tensor], Tensor | None]:
     # A parameter that outlives what was compiled for it keeps nothing of that alive.
-    def hook(grad: Tensor) -> None:
-        if (known := state()) is not None:
-            known.arrive(place, grad)
+    def hook(grad: Tensor) -> Tensor | None:
+        known, parameter = state(), weight()
+        if known is None or parameter is None:
+            return None
+        return known.arrive(place, grad, is_last=_CALLED_LAST.get(parameter) == state)
 
     return hook
 

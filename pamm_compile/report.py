@@ -36,6 +36,8 @@ class Remembered:
     """Per weight, the input of Dynamo's graph that it is, and whether it is [n, m], not [m, n]."""
     outputs: tuple[int, ...]
     """m_p of every weight."""
+    nbytes: int
+    """Held from step to step."""
 
     @classmethod
     def from_dict(cls, data: dict[str, Any] | None) -> Remembered | None:
@@ -43,7 +45,7 @@ class Remembered:
         if data is None:
             return None
         weights = tuple((int(place), bool(flip)) for place, flip in data["weights"])
-        return cls(data["rule"], weights, tuple(data["outputs"]))
+        return cls(data["rule"], weights, tuple(data["outputs"]), data["nbytes"])
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,11 @@ class Report:
         """Bytes of what replaces them: generators, index and scale."""
         return sum(site.bytes_after for site in self.compressed)
 
+    @property
+    def bytes_remembered(self) -> int:
+        """Bytes that methods hold from step to step, beside what a step saves."""
+        return sum(each.nbytes for graph in self.graphs for each in memories(graph))
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data: totals, and every graph with its sites and notes."""
         return {
@@ -212,6 +219,7 @@ class Report:
             "declined": len(self.declined),
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
+            "bytes_remembered": self.bytes_remembered,
             "graphs": [graph.to_dict() for graph in self.graphs],
         }
 
@@ -237,6 +245,8 @@ class Report:
             f"{len(self.compressed)} of {len(self.sites)} sites compressed in {len(training)} "
             f"training graph(s): {_size(self.bytes_before)} → {_size(self.bytes_after)}"
         )
+        if self.bytes_remembered:
+            lines.append(f"{_size(self.bytes_remembered)} are held from step to step")
         return "\n".join(lines)
 
     __str__ = text

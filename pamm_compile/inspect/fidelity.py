@@ -20,14 +20,13 @@ from pamm_compile.errors import InvalidOptionError, MeasurementError
 from pamm_compile.graph.pipeline import Pipeline
 from pamm_compile.inspect.arguments import refuse_options
 from pamm_compile.inspect.observe import Observation, ObserveSites
+from pamm_compile.inspect.tokens import Tokens, flat, made
 from pamm_compile.inspect.undisturbed import refuse_without_values, undisturbed
-from pamm_compile.methods import checked
 from pamm_compile.methods.base import Method, Remembering
-from pamm_compile.methods.sampling import content_seed
 from pamm_compile.names import Names
 from pamm_compile.rules import Rule, make_rules
 from pamm_compile.sites.cost import saved_time
-from pamm_compile.size import Size, exact_cost
+from pamm_compile.size import exact_cost
 from pamm_compile.targets import TARGETS
 
 _LOSS_HINT = "pass loss=lambda output: … that makes a scalar of what the model returns."
@@ -235,53 +234,25 @@ def fidelity(
     return Fidelity([row for _, row in sorted(rows, key=lambda pair: pair[0])], draws)
 
 
-@dataclass(frozen=True)
-class _Tokens:
-    """X [b, n] and dZ [b, m_p] of some tokens of a site."""
-
-    x: Tensor
-    grads: Sequence[Tensor]
-
-    def exact(self) -> list[Tensor]:
-        return [grad.T @ self.x for grad in self.grads]
-
-    def thirds(self) -> list[_Tokens]:
-        parts = zip(*(each.tensor_split(3) for each in (self.x, *self.grads)), strict=True)
-        return [_Tokens(x, grads) for x, *grads in parts]
-
-
-def _made(method: Method, tokens: _Tokens, size: Size, draw: int, before: _Tokens) -> Tensor:
-    """Return a method's weight gradients; one that remembers does so of the tokens before."""
-    x, kept = tokens.x, [False] * len(tokens.grads)
-    if isinstance(method, Remembering) and method.directions(size.features, size.outputs):
-        memory = method.remember(before.exact()).to(x.dtype)
-        stored = (*checked.store_along(method, x, memory), memory)
-        make = checked.weight_gradients_along
-    else:
-        stored = checked.store(method, x, content_seed(x, draw), size.outputs)
-        make = checked.weight_gradients
-    return _flat(make(method, stored, tokens.grads, kept, size.features))
-
-
 def _compare(observation: Observation, method: Method, draws: int) -> SiteFidelity:
-    size, all_tokens = observation.size, _Tokens(observation.x, observation.gradients)
+    size, all_tokens = observation.size, Tokens(observation.x, observation.gradients)
     before, now, later = all_tokens.thirds()
     # What is remembered has to be of other tokens than those it is used for.
     first = len(before.x) if isinstance(method, Remembering) else 0
-    compared = _Tokens(all_tokens.x[first:], [grad[first:] for grad in all_tokens.grads])
-    exact, other = _flat(compared.exact()), _flat(later.exact())
+    compared = Tokens(all_tokens.x[first:], [grad[first:] for grad in all_tokens.grads])
+    exact, other = flat(compared.exact()), flat(later.exact())
     norm = exact.norm()
     squares, cosines, total, common = [], [], torch.zeros_like(exact), []
     for draw in range(draws):
-        found = _made(method, compared, size, draw, before)
+        found = made(method, compared, size, draw, before)
         total += found
         squares.append(_ratio((found - exact).norm(), norm) ** 2)
         cosines.append(_ratio(found @ exact, found.norm() * norm))
-        common.append(float(_made(method, now, size, draw, before) @ other))
+        common.append(float(made(method, now, size, draw, before) @ other))
     error, of_mean = statistics.fmean(squares), _ratio((total / draws - exact).norm(), norm) ** 2
     # The mean of D draws still has 1/D of the noise: E‖mean − exact‖² = bias² + noise²/D.
     noise = max(0.0, error - of_mean) * draws / (draws - 1) if draws > 1 else math.nan
-    in_common = float(_flat(now.exact()) @ other)
+    in_common = float(flat(now.exact()) @ other)
     return SiteFidelity(
         parameters=observation.parameters,
         target=observation.target,
@@ -299,10 +270,6 @@ def _compare(observation: Observation, method: Method, draws: int) -> SiteFideli
         flops_exact=exact_cost(size).flops,
         time=1 - saved_time(method, size),
     )
-
-
-def _flat(gradients: Sequence[Tensor]) -> Tensor:
-    return torch.cat([each.detach().flatten().double() for each in gradients])
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

@@ -81,8 +81,10 @@ class Remembering(Method, Protocol):
     """A method that may remember something of one step's weight gradients for the next steps.
 
         backward of every T-th step:   dW_1 … dW_p ── remember ── memory
+                                       dW_p, memory ── lost ── what the steps between add
         the steps between:             X, memory ── store_along ── stored
                                        stored, memory, [dZ] ── weight_gradients_along ── [dW]
+                                       dW_p, lost ── restored ── the gradient that optimizers see
 
     `store` and `weight_gradients` are those of the first step, of every T-th, and of sites whose
     weight gradients nobody can show; a report gives their bytes, which are the most that any step
@@ -96,11 +98,33 @@ class Remembering(Method, Protocol):
         """Return the rows of the memory, [rows, n]; 0 where nothing is to be remembered."""
         ...
 
+    def remembered_bytes(self, size: Size) -> int:
+        """Return the bytes of the memory and of all that is lost, which are held all the time."""
+        ...
+
     def remember(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return the memory, [rows, n], float32; run eagerly, outside of any graph.
 
         Args:
             gradients: dW_p, [m_p, n], summed over all sites that share these weights.
+        """
+        ...
+
+    def lost(self, gradient: Tensor, memory: Tensor) -> Tensor | None:
+        """Return what the steps between are to add to theirs; None where that is nothing.
+
+        Args:
+            gradient: dW_p, [m_p, n], of which `memory` was made; not necessarily finite.
+            memory: what `remember` returned.
+        """
+        ...
+
+    def restored(self, gradient: Tensor, lost: Tensor) -> Tensor:
+        """Return a gradient of a step between with what is added to it.
+
+        Args:
+            gradient: of any shape.
+            lost: what `lost` returned, in this shape.
         """
         ...
 

@@ -16,7 +16,7 @@ from torch.fx import Node
 from pamm_compile.graph.chains import value
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import op_name
-from pamm_compile.methods.base import Method
+from pamm_compile.methods.base import Method, Remembering
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.sites.choose import Candidate, Choice
@@ -134,6 +134,8 @@ class _Judge:
                 return Reason.UNPROFITABLE, f"{share:.1f} × the exact time, by the cost model"
         elif self._options.goal == "memory":
             stored = method.stored_bytes(size)
+            if isinstance(method, Remembering):
+                stored += method.remembered_bytes(size)
             if stored >= size.bytes:
                 return Reason.NO_SAVING, f"{stored} of {size.bytes} bytes"
         return None

@@ -35,7 +35,8 @@ def remembered(joint: JointGraph, candidate: Candidate, rules: Rules) -> Remembe
     known = tuple(each for each in weights if each is not None)
     if len(known) < len(weights) or len({place for place, _ in known}) < len(known):
         return None
-    return Remembered(_rule(rules, method), known, size.outputs)
+    held = method.remembered_bytes(size)
+    return Remembered(_rule(rules, method), known, size.outputs, held)
 
 
 def _rule(rules: Rules, method: Method) -> int:

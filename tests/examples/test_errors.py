@@ -55,10 +55,10 @@ def test_a_run_has_errors_where_it_is_exact(monkeypatch: pytest.MonkeyPatch) -> 
     setting = dataclasses.replace(errors.task(2), model=lambda: models.build(tiny))
     chosen = {name: errors.METHODS[name] for name in ("eight", "subspace")}
     monkeypatch.setattr(errors, "METHODS", chosen)
-    found = errors.run(setting, "exact", 0)
+    found = errors.run(setting, "exact", 0, "aot_eager")
     assert math.isfinite(found["loss"])
     assert 0 < found["errors"]["eight"]["error"] < 0.05 < found["errors"]["subspace"]["error"]
-    assert "errors" not in errors.run(setting, "eight", 0)
+    assert "errors" not in errors.run(setting, "eight", 0, "aot_eager")
 
 
 def test_the_picture_is_drawn(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_what_is_remembered_is_of_other_tokens() -> None:
     (row, *_) = fidelity(model, x, methods=[GradientSubspace(4)], draws=2).sites
     assert 0.1 < row.error < 1
     assert row.noise == 0
-    assert row.described.startswith("r = 4, 1 of 10 in 8 bits")
+    assert row.described.startswith("r = 4, 1 of 5 in 8 bits")
 
 
 def test_errors_are_those_of_the_methods() -> None:
@@ -179,14 +179,15 @@ def test_the_least_error_in_a_time_is_chosen_for_all_targets_together() -> None:
     def loss(output: Tensor) -> Tensor:
         return output.square().mean()
 
-    methods = [GradientSubspace(8), GradientSubspace(64), Subspace(256, bits=None)]
+    few, many = (GradientSubspace(r, carry=0) for r in (8, 64))
+    methods = [few, many, Subspace(256, bits=None)]
     chosen = recommend(model, x, time=0.85, methods=methods, draws=1, loss=loss)
     slow = recommend(model, x, time=0.999, methods=methods, draws=1, loss=loss)
     never = recommend(model, x, time=0.01, methods=methods, draws=1, loss=loss)
     assert chosen.predicted_time <= 0.85
-    assert list(chosen.rules.values()) == [GradientSubspace(64)]
+    assert list(chosen.rules.values()) == [many]
     assert never.predicted_time <= chosen.predicted_time <= slow.predicted_time < 1
-    assert list(never.rules.values()) == [GradientSubspace(8)]
+    assert list(never.rules.values()) == [few]
     assert "0.85 of a step's time" in chosen.text()
     assert chosen.to_dict()["max_error"] is None
     assert chosen.renewed(model, x).rules == chosen.rules

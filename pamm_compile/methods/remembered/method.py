@@ -1,11 +1,8 @@
 """Directions of an earlier weight gradient, along which the next steps make theirs.
 
-    every T-th step:    X ── 8 bits ── dW, nearly exact ── Q [r, n], its top right singular vectors
-    the steps between:  A = X Qᵀ [b, r]                                               saved
-                        dW ≈ (dZᵀ A) Q
-
-No step looks for directions in X: they come from a gradient that had to be made anyway.
-"""
+every T-th step:    X ── 8 bits ── dW, nearly exact ── Q [r, n], its top right singular vectors
+the steps between:  A = X Qᵀ [b, r]                                               saved
+                XX"""
 
 from __future__ import annotations
 
@@ -22,22 +19,26 @@ from pamm_compile.methods.rank import checked_rank, directions
 from pamm_compile.size import Cost, Size
 
 _ITERATIONS = 2
+_CARRIED = torch.bfloat16
+"""Of what is carried, whose rounding is far below its noise."""
 _SEED = 0
 
 
 @dataclass(frozen=True)
 class GradientSubspace:
-    """Makes dW along the top directions of an earlier dW: dW ≈ (dZᵀ X Qᵀ) Q.
+    """Makes dW along the top directions Q of an earlier dW, and adds what Q left out of that.
 
     Equivalent to, at the first backward pass and every `every`-th after it,
 
         dW = dZ.T @ X                               # X kept in 8 bits
         Q = torch.linalg.svd(dW).Vh[:r]             # of all projections that read X together
+        L = carry * (dW - dW @ Q.T @ Q) / (dW @ Q.T).norm()
 
     and between these:
 
         A = X @ Q.T                                 # kept in place of X
         dW = dZ.T @ A @ Q
+        dW += dW.norm() * L                         # outside of the graph
 
     What is remembered belongs to the parameters of the model that trains, in this process: the
     first backward pass after a start or a resume is a nearly exact one. Under DDP every rank
@@ -48,6 +49,8 @@ class GradientSubspace:
         rank: r, directions kept: a share of min(features, outputs of all projections) in (0, 1),
             rounded up to a multiple of 8, or a number of at least 1.
         every: T, backward passes of a graph from one nearly exact gradient to the next, at least 2.
+        carry: share of what Q left out that the passes between add, in [0, 1]. L takes two bytes
+            for each entry of the weights; 0 keeps none.
 
     Raises:
         InvalidOptionError: a value is not allowed.
@@ -57,17 +60,20 @@ class GradientSubspace:
     """
 
     rank: float = 0.125
-    every: int = 10
+    every: int = 5
+    carry: float = 0.5
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", checked_rank(self.rank))
-        hint = "10 makes every tenth weight gradient nearly exactly."
+        hint = "5 makes every fifth weight gradient nearly exactly."
         object.__setattr__(self, "every", checks.integer("every", self.every, 2, hint))
+        hint = "0.5 adds half of it."
+        object.__setattr__(self, "carry", checks.share("carry", self.carry, hint))
 
     @property
     def fingerprint(self) -> str:
         """Everything that changes what is traced."""
-        return repr((self.rank, self.every))
+        return repr((self.rank, self.every, self.carry))
 
     @property
     def _whole(self) -> Quantized:
@@ -125,16 +131,42 @@ class GradientSubspace:
             basis = torch.linalg.qr(whole.T @ (whole @ basis)).Q
         return basis.T.contiguous()
 
+    def lost(self, gradient: Tensor, memory: Tensor) -> Tensor | None:
+        """Return L, [m, n], by the length of what Q keeps."""
+        if not self.carry:
+            return None
+        along = gradient.to(memory.dtype) @ memory.T
+        # Of another size where losses are scaled, or where batches are summed up: so a share.
+        length = _length(along)
+        factor = torch.where(length > 0, self.carry / length, 0.0)
+        lost: Tensor = (gradient.to(memory.dtype) - along @ memory) * factor.to(memory.dtype)
+        return lost.to(_CARRIED)
+
+    def restored(self, gradient: Tensor, lost: Tensor) -> Tensor:
+        """Return dW + ‖dW‖ L."""
+        # One pass over both, whatever their dtypes.
+        restored: Tensor = torch.addcmul(gradient, lost, _length(gradient))
+        return restored.to(gradient.dtype)
+
     def stored_bytes(self, size: Size) -> int:
         """Return the bytes of X in 8 bits: what steps between keep is less."""
         return self._whole.stored_bytes(size)
+
+    def remembered_bytes(self, size: Size) -> int:
+        """Return the bytes of Q and L."""
+        n, r = size.features, self.directions(size.features, size.outputs)
+        carried = bool(r and self.carry) * sum(size.outputs) * n
+        return r * n * size.dtype.itemsize + carried * _CARRIED.itemsize
 
     def _along(self, size: Size) -> Cost:
         b, n, m, item = size.tokens, size.features, sum(size.outputs), size.dtype.itemsize
         r, p = self.directions(n, size.outputs), len(size.outputs)
         store = Cost(2 * b * n * r, (b * n + b * r + r * n) * item, 1)
         moved = (b * m + p * b * r + 2 * m * r + n * r + n * m) * item
-        return store + Cost(2 * b * r * m + 2 * m * r * n, moved, p + (2 if p > 1 else 1))
+        made = store + Cost(2 * b * r * m + 2 * m * r * n, moved, p + (2 if p > 1 else 1))
+        # Read for its length, then read, added to and written.
+        restored = Cost(4 * n * m, n * m * (3 * item + _CARRIED.itemsize), 2 * p)
+        return made + restored if self.carry else made
 
     def cost(self, size: Size) -> Cost:
         """Return the mean cost of a step: one of T in 8 bits, the others along the directions."""
@@ -165,6 +197,13 @@ class GradientSubspace:
         r = self.directions(size.features, size.outputs)
         whole = self._whole.describe(size)
         return f"r = {r}, 1 of {self.every} in {whole}" if r else whole
+
+
+def _length(of: Tensor) -> Tensor:
+    # Squares of many entries would leave float16.
+    dtype = torch.promote_types(of.dtype, torch.float32)
+    length: Tensor = torch.linalg.vector_norm(of, dtype=dtype)
+    return length
 
 
 def _of_unit_size(grad: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def test_it_is_a_method_that_remembers() -> None:
         ("linear=gradients", GradientSubspace()),
         ("linear=gradients:0.25", GradientSubspace(0.25)),
         ("linear=gradients:64:every=5", GradientSubspace(64, every=5)),
+        ("linear=gradients:carry=0", GradientSubspace(carry=0)),
     ],
 )
 def test_rules_name_it(text: str, method: GradientSubspace) -> None:
@@ -43,7 +44,17 @@ def test_rules_name_it(text: str, method: GradientSubspace) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"rank": 0}, {"rank": 1.5}, {"every": 1}, {"every": 2.5}, {"rank": True}]
+    "options",
+    [
+        {"rank": 0},
+        {"rank": True},
+        {"rank": 1.5},
+        {"every": 1},
+        {"every": 2.5},
+        {"carry": 1.5},
+        {"carry": -0.1},
+        {"carry": "half"},
+    ],
 )
 def test_options_are_checked(options: dict[str, float]) -> None:
     with pytest.raises(InvalidOptionError, match=next(iter(options))):
@@ -51,8 +62,9 @@ def test_options_are_checked(options: dict[str, float]) -> None:
 
 
 def test_options_are_in_the_fingerprint() -> None:
-    methods = [GradientSubspace(), GradientSubspace(0.25), GradientSubspace(every=5)]
-    assert len({method.fingerprint for method in methods}) == 3
+    methods = [GradientSubspace(**options) for options in ({}, {"rank": 0.25}, {"every": 10})]
+    methods.append(GradientSubspace(carry=0.25))
+    assert len({method.fingerprint for method in methods}) == 4
 
 
 def test_what_a_gradient_spans_is_remembered() -> None:
@@ -107,6 +119,29 @@ def test_gradients_are_made_along_the_memory(dtype: torch.dtype, flip: bool) -> 
         assert float((found - wanted).norm() / wanted.norm()) < 20 * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_lost_is_restored_by_the_length_of_what_is_kept(dtype: torch.dtype) -> None:
+    method, gradient = GradientSubspace(8, carry=0.5), normal(0, 96, 64, dtype=dtype)
+    memory = method.remember([gradient]).to(torch.bfloat16 if dtype.itemsize == 2 else dtype)
+    lost = method.lost(gradient, memory)
+    assert lost is not None
+    kept = gradient.double() @ memory.double().T @ memory.double()
+    wanted = 3 * kept + 1.5 * (gradient.double() - kept)
+    found = method.restored((3 * kept).to(dtype), lost)
+    assert found.dtype == dtype
+    assert lost.dtype == torch.bfloat16
+    assert float((found - wanted).norm() / wanted.norm()) < torch.finfo(torch.bfloat16).eps
+
+
+def test_nothing_is_carried_of_a_gradient_of_zeros_or_without_carry() -> None:
+    gradient = torch.zeros(16, 24)
+    lost = GradientSubspace(4).lost(gradient, GradientSubspace(4).remember([gradient]))
+    assert lost is not None
+    assert not bool(lost.any())
+    method = GradientSubspace(4, carry=0)
+    assert method.lost(gradient, method.remember([gradient])) is None
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_reaches_the_gradient(value: float) -> None:
     method, x = GradientSubspace(4), normal(0, 20, 12)
@@ -128,8 +163,14 @@ def test_without_a_memory_it_is_eight_bits() -> None:
 
 
 def test_bytes_are_the_most_of_any_step() -> None:
-    size = Size(256, 64, (64,), torch.float32)
-    assert GradientSubspace().stored_bytes(size) == Quantized(8).stored_bytes(size)
+    size, grads = Size(256, 64, (64, 32), torch.float32), [normal(1, 64, 64), normal(2, 32, 64)]
+    method = GradientSubspace()
+    memory = method.remember(grads)
+    lost = [method.lost(grad, memory) for grad in grads]
+    kept = memory.nbytes + sum(each.nbytes for each in lost if each is not None)
+    assert method.stored_bytes(size) == Quantized(8).stored_bytes(size)
+    assert method.remembered_bytes(size) == kept
+    assert GradientSubspace(carry=0).remembered_bytes(size) == memory.nbytes
 
 
 def test_there_is_nothing_to_remember_of_as_many_directions_as_features() -> None:
