@@ -39,11 +39,14 @@ class Bar:
             # The first step compiles, and says nothing of the rest.
             rest = (now - self._after_first) / (done - 1) * (steps - done)
             line += f", {rest:.0f} s left"
-        elif done == steps:
-            line += f", {now - self._start:.0f} s"
         if self._stream.isatty():
             self._longest = max(self._longest, len(line))
-            end = "\n" if done == steps else ""
-            print(f"\r{line:<{self._longest}}", end=end, file=self._stream, flush=True)
+            print(f"\r{line:<{self._longest}}", end="", file=self._stream, flush=True)
         elif done * 10 // steps > (done - 1) * 10 // steps or done in (0, steps):
             print(line, file=self._stream, flush=True)
+
+    def end(self) -> None:
+        """Leave the line, and say how long it took."""
+        line = f"trial: {time.perf_counter() - self._start:.0f} s"
+        start = "\r" if self._stream.isatty() else ""
+        print(f"{start}{line:<{self._longest}}", file=self._stream, flush=True)

@@ -110,28 +110,7 @@ class Trial:
 
     def text(self) -> str:
         """Return a Markdown table, one line an arm, what its columns mean, and the verdicts."""
-        exact = self[EXACT]
-        has_score = exact.score is not None
-        head = ["arm", "loss", "above exact", *(["score"] if has_score else [])]
-        head += ["saved MiB", "peak MiB", "step time", "first step"]
-        lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
-        for arm in self.arms:
-            cells = [arm.name, f"{arm.loss:.4f}", f"{arm.loss - exact.loss:+.4f}"]
-            cells += [f"{arm.score:.4f}"] if has_score else []
-            cells += [f"{b / 2**20:.1f}" for b in (arm.memory.saved_bytes, arm.memory.peak_bytes)]
-            cells += [f"{arm.time.median:.2f} ×", f"{arm.seconds[0]:.1f} s"]
-            lines.append(f"| {' | '.join(cells)} |")
-        of = f"{self.held_out} batches held out" if self.held_out else "the last tenth of the steps"
-        lines += [
-            "",
-            f"loss: of {of}; saved: held for backward, parameters and buffers aside;",
-            f"peak: of forward and backward, {exact.memory.peak_source};",
-            "step time: by the exact arm's, median of ratios in turn; first step: with compiling,",
-            "which both exact arms share",
-            "",
-            *(each.sentence for each in self.verdicts.values()),
-        ]
-        return "\n".join(lines)
+        return shown(self.to_dict())
 
     __str__ = text
 
@@ -178,6 +157,36 @@ class Trial:
         except MissingPackageError as error:
             said.append(f"no picture: {error}")
         return said
+
+
+def shown(record: Mapping[str, Any]) -> str:
+    """Return the text of a trial's record.
+
+    Args:
+        record: as `Trial.to_dict` makes it.
+    """
+    exact, held_out = record["arms"][0], record["held_out"]
+    has_score = exact["score"] is not None
+    head = ["arm", "loss", "above exact", *(["score"] if has_score else [])]
+    head += ["saved MiB", "peak MiB", "step time", "first step"]
+    lines = [f"| {' | '.join(head)} |", f"|---|{'--:|' * (len(head) - 1)}"]
+    for arm in record["arms"]:
+        cells = [arm["name"], f"{arm['loss']:.4f}", f"{arm['loss'] - exact['loss']:+.4f}"]
+        cells += [f"{arm['score']:.4f}"] if has_score else []
+        cells += [f"{arm[key] / 2**20:.1f}" for key in ("saved_bytes", "peak_bytes")]
+        cells += [f"{arm['time_ratio']:.2f} ×", f"{arm['times_s'][0]:.1f} s"]
+        lines.append(f"| {' | '.join(cells)} |")
+    of = f"{held_out} batches held out" if held_out else "the last tenth of the steps"
+    lines += [
+        "",
+        f"loss: of {of}; saved: held for backward, parameters and buffers aside;",
+        f"peak: of forward and backward, {exact['peak_source']};",
+        "step time: by the exact arm's, median of ratios in turn; first step: with compiling,",
+        "which both exact arms share",
+        "",
+        *(each["sentence"] for each in record["verdicts"].values()),
+    ]
+    return "\n".join(lines)
 
 
 def _finite(number: float) -> float | None:

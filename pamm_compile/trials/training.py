@@ -21,7 +21,7 @@ from pamm_compile.torch_backend import Backend
 from pamm_compile.trials.task import Task, refuse_not_finite
 
 CHECKS = 4
-"""How often held-out data show how fast the exact loss falls, in the last half of the steps."""
+"""How often held-out data show how fast the exact loss falls, from half of the steps to the end."""
 
 
 class Progress(Protocol):
@@ -111,14 +111,15 @@ def train(runs: Sequence[Run], task: Task, progress: Progress) -> dict[int, floa
         progress: told after every step.
 
     Returns:
-        The exact arm's loss by the number of steps done, over the last half.
+        The exact arm's loss by the number of steps done, over the last half; on held-out data
+        without the loss at the end, which `final_loss` gives.
 
     Raises:
         MeasurementError: the exact loss is not finite, or an arm compiled nothing.
         NothingMatchedError: an arm compresses nothing.
     """
     exact, steps = runs[0], len(task.batches)
-    when = {round(steps * (1 + part / (CHECKS - 1)) / 2) for part in range(CHECKS)}
+    when = {round(steps * (1 + part / (CHECKS - 1)) / 2) for part in range(CHECKS - 1)}
     curve = {}
     progress(0, steps, f"compiling {len(runs)} arms")
     for step in range(steps):

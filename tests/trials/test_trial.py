@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +237,25 @@ def test_a_log_gets_a_line_a_tenth(capsys: pytest.CaptureFixture[str]) -> None:
     bar = Bar(sys.stderr)
     for done in range(41):
         bar(done, 40, "loss 1.5")
-    lines = capsys.readouterr().err.splitlines()
+    bar(40, 40, "measuring exact")
+    bar.end()
+    *lines, measuring, end = capsys.readouterr().err.splitlines()
     assert len(lines) == 11
-    assert lines[-1].startswith("trial [########################] 40 of 40 steps, loss 1.5")
+    assert lines[-1] == "trial [########################] 40 of 40 steps, loss 1.5"
+    assert measuring.endswith("40 of 40 steps, measuring exact")
+    assert re.fullmatch(r"trial: \d+ s", end)
+
+
+def test_a_terminal_gets_one_line() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    bar = Bar(terminal := Terminal())
+    bar(4, 4, "a long thing to do")
+    bar(4, 4, "less")
+    bar.end()
+    first, *lines = terminal.getvalue().split("\r")
+    assert first == ""
+    assert len({len(line.rstrip("\n")) for line in lines}) == 1
+    assert [line.endswith("\n") for line in lines] == [False, False, True]
