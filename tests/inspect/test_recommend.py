@@ -115,7 +115,6 @@ def test_a_task_sets_the_limit_that_was_measured_for_it() -> None:
         assert chosen
         assert all(found.worst[each] <= LIMITS[task] for each in chosen)
     assert tuned.rules != scratch.rules
-    assert scratch.renewed(model, **batch).rules == scratch.rules
 
 
 @pytest.mark.parametrize("margin", [0.5, float("nan"), float("inf"), True, "2"])

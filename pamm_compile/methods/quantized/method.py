@@ -165,8 +165,8 @@ class Quantized:
         As Inductor generates them, see tests/pamm_testing/triton/casts.py.
         """
         b, n, m, item = size.tokens, size.features, sum(size.outputs), size.dtype.itemsize
-        # The norm or activation that makes X writes its codes. Of dZ scales are known when all tokens are
-        # read: parts of columns, columns of each projection, codes, then scales side by side.
+        # The norm or activation that makes X writes its codes. Of dZ scales are known when all
+        # tokens are read: parts of columns, columns of each projection, codes, then all scales.
         return Cost(4 * b * (n + m), b * n + b * m * (2 * item + 1), len(size.outputs) + 4)
 
     def _float8_matmul(self, size: Size) -> Cost:
