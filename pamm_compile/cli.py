@@ -21,7 +21,7 @@ from pamm_compile.errors import InvalidOptionError, PammError
 from pamm_compile.inspect.compare import compare_memory
 from pamm_compile.inspect.explain import explain
 from pamm_compile.inspect.fidelity import fidelity
-from pamm_compile.inspect.recommend import recommend
+from pamm_compile.inspect.recommend import LIMITS, recommend
 from pamm_compile.integrations.configurations import Asked, from_config
 from pamm_compile.options import RECOMMENDED, Goal
 from pamm_compile.private import memory
@@ -30,6 +30,7 @@ from pamm_compile.trials.task import DTYPES
 from pamm_compile.trials.trial import trial
 
 _OF_TRIAL = ("model", "batches", "loss", "held_out", "score", "optimizer", "clip")
+_STRICTEST = min(LIMITS, key=lambda task: LIMITS[task])
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -101,10 +102,12 @@ def _fidelity(chosen: argparse.Namespace) -> str:
 
 def _recommend(chosen: argparse.Namespace) -> str:
     subject = _subject(chosen)
+    asked = {"task": chosen.task, "max_error": chosen.max_error, "time": chosen.time}
+    if all(each is None for each in asked.values()):
+        asked["task"] = _STRICTEST
     found = recommend(
         subject.model,
-        max_error=0.3 if chosen.time is None and chosen.max_error is None else chosen.max_error,
-        time=chosen.time,
+        **asked,
         draws=chosen.draws,
         loss=_loss_of,
         **subject.batch,
@@ -233,7 +236,10 @@ def _parser() -> argparse.ArgumentParser:
         if name in ("fidelity", "recommend"):
             command.add_argument("--draws", type=int, default=4, help="of every method")
         if name == "recommend":
-            text = "relative error of a weight gradient that is allowed (default: 0.3)"
+            limits = ", ".join(f"{limit:g} for {task}" for task, limit in LIMITS.items())
+            text = f"what sets the error that is allowed: {limits} (default: {_STRICTEST})"
+            command.add_argument("--task", choices=tuple(LIMITS), help=text)
+            text = "relative error of a weight gradient that is allowed, in place of the task's"
             command.add_argument("--max-error", type=float, help=text)
             text = "of a step by an exact one's, in place of an error: the least error in so much"
             command.add_argument("--time", type=float, help=text)

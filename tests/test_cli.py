@@ -77,6 +77,8 @@ def test_fidelity_and_recommend(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["sites"]
     assert main(["recommend", name, "--max-error", "0.9", "--draws", "1"]) == 0
     assert "error at most 0.9" in capsys.readouterr().out
+    assert main(["recommend", name, "--draws", "1"]) == 0
+    assert "error at most 0.1 (scratch)" in capsys.readouterr().out
 
 
 @pytest.mark.quick

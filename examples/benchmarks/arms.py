@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
 import pamm_compile
@@ -31,6 +32,26 @@ DRAWN = {
     for name, options in (("1.5", "1.5"), ("1.5, fewer rows", "1.5:rows=8"), ("2", "2"))
 }
 """The same number of directions, drawn in each step of so many times as many."""
+PEER = {
+    "activation_quantization_aten_pass": {
+        # Torch's pass leaves smaller tensors alone; 100 are its default.
+        "size_in_mb": 1,
+        "quant_type": "torch.float8_e4m3fn",
+        "use_scaling": True,
+        # Parameters, which exist with or without a backward pass, would be kept once more.
+        "exclude_primals": True,
+    }
+}
+"""Torch's own quantization of what is saved, as Inductor's `post_grad_fusion_options`."""
+
+
+NEARLY_EXACT: dict[str, dict[str, Any]] = {
+    "8 bits": {"rules": "linear=quantized:8"},
+    "4 bits": {"rules": "linear=quantized:4"},
+    "gradient subspace": {"rules": "linear=gradients"},
+    "torch's 8 bits": {"peer": True},
+}
+"""What differs from compile, of arms that keep most of what gradients are made of."""
 
 
 @dataclass(frozen=True)
@@ -46,18 +67,24 @@ class Arm:
     aggressive: bool = False
     checkpointed: bool = False
     """Every block of the model is checkpointed."""
+    peer: bool = False
+    """Torch's own pass keeps all that is saved in bfloat16 in float8, with a scale a token."""
 
     @property
     def approximates(self) -> bool:
         """Whether weight gradients are approximate."""
         return bool(self.rules)
 
-    def settings(self) -> AbstractContextManager[None]:
-        """Return the settings of torch.compile under which this arm is compiled."""
-        settings: AbstractContextManager[None] = functorch_config.patch(
-            activation_memory_budget=self.budget, aggressive_recomputation=self.aggressive
-        )
-        return settings
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """Set torch.compile as this arm is compiled."""
+        with (
+            functorch_config.patch(
+                activation_memory_budget=self.budget, aggressive_recomputation=self.aggressive
+            ),
+            inductor_config.patch(post_grad_fusion_options=PEER if self.peer else {}),
+        ):
+            yield
 
 
 ARMS = (
@@ -75,9 +102,9 @@ ARMS = (
     Arm("PAMM + budget 0.5", rules=PAPER, budget=0.5),
     Arm("whole model + budget 0.5", rules=WHOLE, budget=0.5),
     *(
-        Arm(f"{bits} bits{at}", rules=f"linear=quantized:{bits}", budget=budget)
+        Arm(f"{name}{at}", budget=budget, **options)
         for at, budget in (("", 1.0), (" + budget 0.99", 0.99), (" + budget 0.5", 0.5))
-        for bits in (8, 4)
+        for name, options in NEARLY_EXACT.items()
     ),
     Arm("compile + checkpointing", checkpointed=True),
     Arm("eager", compiled=False),

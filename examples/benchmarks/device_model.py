@@ -43,6 +43,7 @@ from pamm_compile.devices import (
 )
 from pamm_compile.methods.base import Method
 from pamm_compile.methods.pamm.triton import model
+from pamm_compile.methods.subspace.method import Subspace
 from pamm_compile.rules import parse_rules
 from pamm_compile.size import Cost, Size
 
@@ -59,6 +60,7 @@ METHODS = (
 FLOAT8_METHODS = METHODS[1:]
 HIGH_PRECISION_DW = "rowwise_with_gw_hp"
 RECIPES = (HIGH_PRECISION_DW, "rowwise", "tensorwise")
+RANKS = (0.0625, 0.125)
 GENERATORS = (64, 128, 256, 512)
 _SITES = {"q, k, v": 3, "gate, up": 2, "down": 1}
 
@@ -177,6 +179,36 @@ def float8_table(device: DeviceFigures, methods: Sequence[str]) -> list[str]:
     return tables.markdown(header, rows, left=2)
 
 
+def joined_table(device: DeviceFigures, ranks: Sequence[float] = RANKS) -> list[str]:
+    """Return the lines of a table: Subspace's matmul of dZ and coefficients in 16 bits, and float8.
+
+    In float8 dZ is cast for it, with a scale a column. Coefficients, whose scales dZ takes over,
+    are taken to be codes as they are stored, so that nothing decodes them.
+    """
+    rows = []
+    for name in MODELS:
+        shape = SHAPES[name]
+        for rank in ranks:
+            method = Subspace(rank)
+            usual = float8 = casts = 0.0
+            for size in sizes(shape).values():
+                b, m, p = size.tokens, sum(size.outputs), len(size.outputs)
+                r, half = method.directions(size.features, size.outputs), size.dtype
+                decode = Cost(4 * b * r, b * r * (1 + half.itemsize), 1)
+                usual += predicted_seconds(decode, device, half)
+                product = Cost(2 * b * r * m, (b * m + p * b * r + r * m) * half.itemsize, p)
+                usual += matmul_seconds(product, device.half, device)
+                product = Cost(2 * b * r * m, b * (m + r) + r * m * half.itemsize, 1)
+                float8 += matmul_seconds(product, device.float8, device)
+                casts += predicted_seconds(float8_cast(b * m, half, p), device, half)
+            step = step_seconds(shape, device) / shape.layers
+            saved = [f"{100 * (usual - each) / step:+.1f} %" for each in (float8 + casts, float8)]
+            times = [f"{seconds * 1e6:.0f}" for seconds in (usual, float8, casts)]
+            rows.append([NAMES[name], f"{rank:g}", *times, *saved])
+    header = ["model", "rank", "in 16 bits, µs a layer", "in float8", "casts of dZ"]
+    return tables.markdown([*header, "saved of a step", "were casts free"], rows, left=1)
+
+
 def kernels_table(device: DeviceFigures) -> list[str]:
     """Return the lines of a table: microseconds of every kernel of two sites, and their bounds."""
     rows = []
@@ -209,6 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
         if device.float8:
             print("\nThe same of a step in float8, every block's inputs but o's:\n")
             print("\n".join(float8_table(device, args.methods)))
+            print("\nSubspace's matmul of dZ and coefficients:\n")
+            print("\n".join(joined_table(device)))
 
 
 if __name__ == "__main__":

@@ -55,17 +55,20 @@ def predict(
 
 
 def frontier(case: Case, chosen: Sequence[Arm] = ARMS) -> Iterator[tuple[str, dict[str, int]]]:
-    """Yield, arm by arm, the bytes saved, and those of them that have the vocabulary as a size."""
+    """Yield, arm by arm, the bytes saved, and of what: logits, and inputs that are compressed."""
     with fake_model(case) as (model, batch):
         for arm in chosen:
             found = predict(arm, case, model, batch)
             head = [each for each in found.saved if case.shape.vocabulary in each.shape]
+            compressed = found.report.compressed
             yield (
                 arm.name,
                 {
                     "saved_bytes": found.saved_bytes,
                     "head_bytes": sum(each.bytes for each in head),
-                    "compressed_sites": len(found.report.compressed),
+                    "compressed_sites": len(compressed),
+                    "inputs_bytes_before": sum(site.bytes_before for site in compressed),
+                    "inputs_bytes_after": sum(site.bytes_after for site in compressed),
                 },
             )
 

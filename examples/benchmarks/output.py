@@ -65,7 +65,7 @@ def twins(arms: Mapping[str, Model]) -> list[tuple[str, str]]:
     exact = {
         arm.budget: arm.name
         for arm in ARMS
-        if arm.compiled and not (arm.approximates or arm.aggressive or arm.checkpointed)
+        if arm.compiled and not (arm.approximates or arm.aggressive or arm.checkpointed or arm.peer)
     }
     pairs = [(arm.name, exact[arm.budget]) for arm in ARMS if arm.approximates]
     return [pair for pair in pairs if all(name in arms for name in pair)]
@@ -241,6 +241,6 @@ def _marker(arm: Arm) -> str:
     """Return the same marker for the same setting of torch.compile."""
     if not arm.compiled:
         return "*"
-    if arm.aggressive or arm.checkpointed:
-        return "P" if arm.aggressive else "X"
+    if arm.aggressive or arm.checkpointed or arm.peer:
+        return "P" if arm.aggressive else "X" if arm.checkpointed else "D"
     return {1.0: "o", 0.99: "s", 0.8: "^", 0.5: "v"}[arm.budget]

@@ -131,7 +131,23 @@ def arms_table(models: dict[str, Any]) -> list[str]:
         for name in shown
         if REFERENCE in models[name]["arms"]
     ]
-    return [*lines, "", f"Of these, logits of the loss head, under compile: {', '.join(heads)}."]
+    lines += ["", f"Of these, logits of the loss head, under compile: {', '.join(heads)}."]
+    return lines + inputs_left(models)
+
+
+def inputs_left(models: dict[str, Any]) -> list[str]:
+    """Return a line: what arms keep of the inputs that they compress, as shares of their bytes."""
+    shares: dict[str, list[str]] = {}
+    for arm in ARMS:
+        for model in models.values():
+            found = model.get("arms", {}).get(arm.name, {})
+            if arm.rules and found.get("inputs_bytes_before"):
+                share = found["inputs_bytes_after"] / found["inputs_bytes_before"]
+                shares.setdefault(arm.name, []).append(f"{share:.3f}")
+    if not shares:
+        return []
+    kept = "; ".join(f"{name} {', '.join(each)}" for name, each in shares.items())
+    return ["", f"Left of the inputs of linear layers that are compressed: {kept}."]
 
 
 def targets_table(models: dict[str, Any]) -> list[str]:

@@ -311,6 +311,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "device-sites": lambda: device_model.sites_table(H100, device_model.METHODS),
     "device-steps": lambda: device_model.steps_table(H100, device_model.METHODS),
     "device-float8": lambda: device_model.float8_table(H100, device_model.FLOAT8_METHODS),
+    "device-joined": lambda: device_model.joined_table(H100),
     "gradients-512": lambda: _as_written_today(
         fidelity.step_table(_record("fidelity-512-seed0.json")["rows"])
     ),

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,16 @@ CANDIDATES: tuple[Method, ...] = (
     *(GradientSubspace(rank) for rank in (0.0625, 0.125, 0.25)),
 )
 """What `recommend` tries where nothing else is asked for."""
+
+Task = Literal["tuning", "scratch"]
+
+LIMITS: dict[str, float] = {"tuning": 0.5, "scratch": 0.1}
+"""The largest error of gradients by what one does, from runs that were measured.
+
+tuning: an encoder of pretrained weights ends 0.01 of held loss above exact where errors are about a
+half (docs/benchmarks/score.jsonl). scratch: from random weights noise of 0.3 costs 0.03 nats in 300
+steps and noise of 0.01 nothing (docs/benchmarks/quality-random.jsonl); gaps grow with the steps.
+"""
 
 _MATMULS = 3
 """Of a linear layer in a step: forward, and the gradients of input and weight."""
@@ -74,7 +84,9 @@ class Recommendation:
         chosen = [f"{t}: {'exact' if m is None else m}" for t, m in self.rules.items()]
         margin = self.asked["margin"]
         share = "" if margin == 1 else f" / {margin:g}"
-        head = f"error at most {self.max_error}{share}, at the fewest bytes:"
+        task = self.asked["task"]
+        named = "" if task is None else f" ({task})"
+        head = f"error at most {self.max_error}{share}{named}, at the fewest bytes:"
         if self.max_error is None:
             head = (
                 f"the least error in {self.asked['time']:g} of a step's time, "
@@ -87,7 +99,7 @@ class Recommendation:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
         rules = {t: None if m is None else str(m) for t, m in self.rules.items()}
-        asked = {"max_error": self.max_error, "time": self.asked["time"]}
+        asked = {"max_error": self.max_error, **{n: self.asked[n] for n in ("task", "time")}}
         return {"rules": rules, **asked, **self.fidelity.to_dict()}
 
     @property
@@ -104,6 +116,7 @@ class Recommendation:
 def recommend(
     model: torch.nn.Module,
     *args: Any,
+    task: Task | None = None,
     max_error: float | None = None,
     time: float | None = None,
     margin: float = 1.0,
@@ -117,10 +130,11 @@ def recommend(
 
     Equivalent to calling `fidelity(model, …, methods=methods)`, and choosing for every target the
     method that stores the fewest bytes among those whose error, root mean square over the target's
-    sites, is at most `max_error` / `margin`. If all are above, the target stays exact. The errors
-    are those of this batch and of the weights now; they change in training. Call
-    `Recommendation.renewed` whenever the number of steps has doubled, with a margin for the steps
-    between. The error of the gradients is not the loss: train a little with the rules and without.
+    sites, is at most `LIMITS[task]` / `margin`, or `max_error` / `margin`. If all are above, the
+    target stays exact. The errors are those of this batch and of the weights now; they change in
+    training. Call `Recommendation.renewed` whenever the number of steps has doubled, with a margin
+    for the steps between. The error of the gradients is not the loss: train a little with the rules
+    and without.
 
     With `time`, it chooses the methods of all targets together: of those that bring a step down to
     so much of its time, by a model, those with the least squares of errors; the fastest where none
@@ -129,8 +143,9 @@ def recommend(
     Args:
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
-        max_error: ‖dŴ − dW‖ / ‖dW‖ of one step, above 0.
-        time: of a step by an exact one's, in (0, 1), in place of `max_error`.
+        task: "tuning" of pretrained weights, or training from random ones, "scratch".
+        max_error: ‖dŴ − dW‖ / ‖dW‖ of one step, above 0, in place of the task's limit.
+        time: of a step by an exact one's, in (0, 1), in place of a limit of the error.
         margin: factor by which errors may grow until the next choice, at least 1.
         methods: to choose from.
         draws: of every method, at least 1.
@@ -145,12 +160,16 @@ def recommend(
         InvalidOptionError: a value is not allowed.
         MeasurementError: the model returns no loss, or nothing was found.
     """
-    if (max_error is None) == (time is None):
+    if sum(each is not None for each in (task, max_error, time)) != 1:
         raise InvalidOptionError(
-            "recommend() needs either max_error, a limit of the gradients' error, or time, a share "
-            "of a step's. For example max_error=0.2 or time=0.85."
+            "recommend() needs one of task, which sets the limit of the gradients' error that was "
+            "measured for it, max_error, a limit of your own, and time, a share of a step's. For "
+            'example task="tuning", max_error=0.2 or time=0.85.'
         )
     limit, within = None, None
+    if task is not None:
+        checks.choice("task", task, list(LIMITS))
+        limit = LIMITS[task]
     if max_error is not None:
         hint = "0.3 asks for gradients within 30 % of the exact ones."
         limit = checks.number("max_error", max_error, "a number above 0", hint)
@@ -166,7 +185,7 @@ def recommend(
     if not 1 <= factor < math.inf:
         raise checks.refusal("margin", margin, allowed, more)
     measured = {"methods": tuple(methods), "draws": draws, "loss": loss, "progress": progress}
-    asked = {"max_error": limit, "time": within, "margin": factor, **measured}
+    asked = {"task": task, "max_error": limit, "time": within, "margin": factor, **measured}
     return _recommend(model, {}, asked, args, kwargs)
 
 

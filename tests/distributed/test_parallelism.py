@@ -31,9 +31,16 @@ def test_sharded_and_sequence_parallel() -> None:
 
 @pytest.mark.slow
 @pytest.mark.everything
-def test_weights_gathered_in_float8() -> None:
+def test_directions_are_remembered_on_every_rank() -> None:
+    """Of the gradients before they are reduced, in step with all others."""
+    launch("remembered_checks:main", "remembered_checks:sharded", ranks=2)
+
+
+@pytest.mark.slow
+@pytest.mark.everything
+def test_float8_training() -> None:
     pytest.importorskip("torchao.float8", reason="needs torchao: the extra float8")
-    launch("float8_checks:main", ranks=2)
+    launch("float8_checks:main", "float8_checks:blocks", ranks=2)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pamm_testing.programs import CHECKOUT, EXAMPLES, assert_finite, run
 
-from examples.benchmarks import compile_time, full_size, peak, processes, steps, worker
+from examples.benchmarks import compile_time, full_size, partitions, peak, processes, steps, worker
 from examples.benchmarks.arms import ARMS, by_name
 from examples.benchmarks.models import SHAPES, WEIGHTS, Case
 from examples.benchmarks.timing import paired_ratios, quartiles
@@ -256,6 +256,26 @@ def test_what_every_arm_saves_of_a_fake_model() -> None:
     assert exact["saved_bytes"] < arms["eager"]["saved_bytes"]
     compressed = [name for name, arm in arms.items() if arm["compressed_sites"]]
     assert compressed == ["PAMM", "PAMM + budget 0.99"]
+
+
+@pytest.mark.everything
+def test_arms_that_are_nearly_exact_keep_half_of_what_they_keep() -> None:
+    shape = SHAPES["llama-60m"]._replace(layers=1, width=64, vocabulary=300)
+    case = Case("llama-60m", shape, batch=32, dtype=WEIGHTS)
+    names = ["compile", "8 bits", "gradient subspace", "torch's 8 bits"]
+    arms = dict(full_size.frontier(case, [by_name(name) for name in names]))
+    exact, ours, remembered, peer = (arms[name] for name in names)
+    kept = ours["inputs_bytes_after"] / ours["inputs_bytes_before"]
+    assert 0.5 < kept < 0.52
+    assert exact["saved_bytes"] - ours["saved_bytes"] == (
+        ours["inputs_bytes_before"] - ours["inputs_bytes_after"]
+    )
+    # The most of any step, which keeps inputs in 8 bits.
+    assert remembered["saved_bytes"] == ours["saved_bytes"]
+    # All that is saved in 16 bits, behind linear layers or not, in megabytes or more.
+    assert 0.5 < peer["saved_bytes"] / exact["saved_bytes"] < 0.6
+    (line,) = [each for each in partitions.inputs_left({"m": {"arms": arms}}) if each]
+    assert f"8 bits {kept:.3f}; gradient subspace {kept:.3f}." in line
 
 
 @pytest.mark.everything

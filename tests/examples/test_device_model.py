@@ -38,3 +38,13 @@ def test_a_step_in_float8_is_faster_but_for_what_stays_in_16_bits() -> None:
     # Where nothing multiplies in float8, the casts are emulated.
     ampere = device_named("a100")
     assert exact_seconds(rowwise, ampere) == exact_seconds(size, ampere)
+
+
+def test_coefficients_in_float8_gain_only_if_casts_are_free() -> None:
+    device = device_named("h100")
+    rows = [line.strip("| ").split(" | ") for line in device_model.joined_table(device)[2:]]
+    assert len(rows) == len(device_model.MODELS) * len(device_model.RANKS)
+    for row in rows:
+        usual, float8, casts = map(int, row[2:5])
+        assert float8 < usual < float8 + casts
+        assert [cell[0] for cell in row[5:]] == ["-", "+"]

@@ -196,12 +196,14 @@ def test_the_least_error_in_a_time_is_chosen_for_all_targets_together() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "either max_error"),
-        ({"max_error": 0.2, "time": 0.8}, "either"),
+        ({}, "needs one of task"),
+        ({"max_error": 0.2, "time": 0.8}, "needs one of task"),
+        ({"task": "tuning", "max_error": 0.2}, "needs one of task"),
+        ({"task": "tune"}, "task='tune' is not allowed.*Did you mean 'tuning'"),
         ({"time": 1.5}, "time"),
     ],
 )
-def test_an_error_or_a_time_is_asked_for(options: dict[str, float], said: str) -> None:
+def test_a_task_an_error_or_a_time_is_asked_for(options: dict[str, Any], said: str) -> None:
     model, x = build()
     with pytest.raises(InvalidOptionError, match=said):
-        recommend(model, x, **options)  # type: ignore[arg-type]
+        recommend(model, x, **options)

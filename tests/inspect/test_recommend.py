@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pamm_compile
 from pamm_compile import InvalidOptionError, Pamm, Quantized, Recommendation
 from pamm_compile.inspect.fidelity import root_mean_square
+from pamm_compile.inspect.recommend import LIMITS
 from pamm_compile.methods.base import Method
 
 LIMIT = 0.2
@@ -98,6 +99,22 @@ def test_a_margin_is_kept() -> None:
     again = dataclasses.replace(found, worst=was_worse).renewed(model, **batch)
     assert set(again.rules.values()) == {None}
     assert min(again.worst.values()) >= 0.2
+
+
+def test_a_task_sets_the_limit_that_was_measured_for_it() -> None:
+    model, batch = _model(), Texts().batch()
+    tuned, scratch = (
+        pamm_compile.recommend(model, task=task, methods=METHODS, draws=1, **batch)
+        for task in ("tuning", "scratch")
+    )
+    for task, found in (("tuning", tuned), ("scratch", scratch)):
+        assert found.max_error == LIMITS[task]
+        assert f"error at most {LIMITS[task]} ({task})" in found.text()
+        assert found.to_dict()["task"] == task
+        chosen = {(target, str(method)) for target, method in found.rules.items() if method}
+        assert chosen
+        assert all(found.worst[each] <= LIMITS[task] for each in chosen)
+    assert tuned.rules != scratch.rules
 
 
 @pytest.mark.parametrize("margin", [0.5, float("nan"), float("inf"), True, "2"])

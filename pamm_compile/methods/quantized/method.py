@@ -160,9 +160,14 @@ class Quantized:
         return Cost(12 * b * n, 2 * b * n * item + 2 * kept, 2)
 
     def _float8_casts(self, size: Size) -> Cost:
-        """Return what casting X, once read beside the norm, and dZ, twice read, costs."""
+        """Return what casts cost: of X in the kernel that makes it, of dZ in kernels of their own.
+
+        As Inductor generates them, see tests/pamm_testing/triton/casts.py.
+        """
         b, n, m, item = size.tokens, size.features, sum(size.outputs), size.dtype.itemsize
-        return Cost(4 * b * (n + m), b * n * (item + 1) + b * m * (2 * item + 1), 4)
+        # The norm or activation that makes X writes its codes. Of dZ scales are known when all
+        # tokens are read: parts of columns, columns of each projection, codes, then all scales.
+        return Cost(4 * b * (n + m), b * n + b * m * (2 * item + 1), len(size.outputs) + 4)
 
     def _float8_matmul(self, size: Size) -> Cost:
         b, n, m = size.tokens, size.features, sum(size.outputs)

@@ -114,12 +114,34 @@ def fake_h100() -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class Kernel:
+    """What one kernel reads and writes in main memory at best, as Inductor counts it."""
+
+    operators: tuple[str, ...]
+    """Of the graph, in no order."""
+    is_library: bool
+    """Whether it is none of Inductor's own, but a matmul, say."""
+    reads: dict[str, int]
+    """Bytes, by buffer; what the kernel wrote itself is still in a cache, and left out."""
+    writes: dict[str, int]
+    dtypes: dict[str, torch.dtype]
+    """Of the buffers."""
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return sum(self.reads.values()) + sum(self.writes.values())
+
+
 @dataclass
 class Generated:
     """The wrappers that Inductor wrote, and their first arguments, by what they are for."""
 
     wrappers: dict[str, str] = field(default_factory=dict)
     calls: dict[str, list[Any]] = field(default_factory=dict)
+    moved: dict[str, list[Kernel]] = field(default_factory=dict)
+    """What each kernel moves, in order."""
 
     def kernels(self, which: str) -> dict[str, str]:
         """Name and source of every Triton kernel of a wrapper."""
@@ -136,7 +158,9 @@ class Generated:
         )
 
 
-def _codegen(gm: torch.fx.GraphModule, inputs: list[Any], is_backward: bool) -> str:
+def _codegen(
+    gm: torch.fx.GraphModule, inputs: list[Any], is_backward: bool
+) -> tuple[str, list[Kernel]]:
     fake_mode = next(i.fake_mode for i in inputs if isinstance(i, FakeTensor))
     with V.set_fake_mode(fake_mode), V.set_debug_handler(DebugContext()):
         graph = GraphLowering(
@@ -145,7 +169,18 @@ def _codegen(gm: torch.fx.GraphModule, inputs: list[Any], is_backward: bool) -> 
         with V.set_graph_handler(graph):
             graph.run(*inputs)
             code = graph.codegen()[0]
-    return str(getattr(code, "value", code))
+            kernels = [_kernel(node, graph) for node in graph.scheduler.nodes]
+    return str(getattr(code, "value", code)), kernels
+
+
+def _kernel(node: Any, graph: GraphLowering) -> Kernel:
+    reads = node.get_read_write_buffer_accesses(include_reads=True, include_writes=False)
+    writes = node.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
+    reads = {name: count for name, count in reads.items() if name not in writes}
+    origins = {origin for each in node.get_nodes() for origin in each.node.origins}
+    operators = tuple(str(origin.target) for origin in origins)
+    dtypes = {name: graph.get_dtype(name) for name in reads | writes}
+    return Kernel(operators, node.is_extern(), reads, writes, dtypes)
 
 
 def generate(fn: Callable[..., Any], inputs: list[Tensor], **settings: Any) -> Generated:
@@ -154,7 +189,8 @@ def generate(fn: Callable[..., Any], inputs: list[Tensor], **settings: Any) -> G
         gm = make_fx(fn, select_decomp_table(), tracing_mode="real")(*inputs)
         gm.graph.eliminate_dead_code()
         gm.recompile()
-        return Generated({"graph": _codegen(gm, inputs, False)})
+        code, kernels = _codegen(gm, inputs, False)
+        return Generated({"graph": code}, moved={"graph": kernels})
 
 
 def _moved(gm: torch.fx.GraphModule, inputs: list[Any]) -> tuple[torch.fx.GraphModule, list[Any]]:
@@ -188,7 +224,8 @@ def recording(**settings: Any) -> Iterator[Generated]:
         is_backward = bool(kwargs.get("is_backward"))
         which = "backward" if is_backward else "forward"
         with fake_h100(), config.patch(settings):
-            generated.wrappers[which] = _codegen(*_moved(gm, inputs), is_backward)
+            code, kernels = _codegen(*_moved(gm, inputs), is_backward)
+            generated.wrappers[which], generated.moved[which] = code, kernels
 
         def run(args: list[Any]) -> Any:
             generated.calls.setdefault(which, list(args))
