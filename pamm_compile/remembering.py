@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pamm_compile.driver import Compiled, compile_graph, make_pipeline
 from pamm_compile.graph.pipeline import GraphPass
-from pamm_compile.methods.base import Remembering
+from pamm_compile.methods.base import TOGETHER, Remembering
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport, Remembered, memories
@@ -49,19 +49,50 @@ class Memory:
         rows = self.method.directions(self.features, self.where.outputs)
         return torch.zeros(rows, self.features, dtype=self.dtype, device=self.device)
 
-    def of(self, gradients: Mapping[int, Tensor], before: Tensor | None) -> Tensor:
-        """Return the memory of new gradients; the one before where they are not all finite."""
+    def gradients(self, arrived: Mapping[int, Tensor]) -> list[Tensor]:
+        """Return the gradient of every weight, [outputs, features], of those that arrived."""
         found = []
         for (place, flip), outputs in zip(self.where.weights, self.where.outputs, strict=True):
-            grad = gradients[place].detach()
             shape = (self.features, outputs) if flip else (outputs, self.features)
-            matrix = grad.reshape(shape)
+            matrix = arrived[place].detach().reshape(shape)
             found.append(matrix.T if flip else matrix)
-        made = self.method.remember(found).to(self.dtype)
-        if before is None:
-            return made
-        finite = torch.stack([each.isfinite().all() for each in found]).all()
-        return torch.where(finite, made, before)
+        return found
+
+    def is_like(self, other: Memory) -> bool:
+        """Tell whether another memory is made of gradients of the same sizes in the same way."""
+        mine, its = ((m.method, m.where.outputs, m.features, m.dtype, m.device)
+                     for m in (self, other))  # fmt: skip
+        return mine == its
+
+
+def _made(
+    memories: Sequence[Memory], arrived: Mapping[int, Tensor], before: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Return new memories of what arrived; those before where it is not all finite.
+
+    Memories that are alike are made together, so that small matrices wait for one another once.
+    """
+    made: list[Tensor | None] = [None] * len(memories)
+    for number, memory in enumerate(memories):
+        if made[number] is not None:
+            continue
+        alike = [n for n, m in enumerate(memories) if made[n] is None and memory.is_like(m)]
+        first = memory.gradients(arrived)
+        alike = alike[: max(1, TOGETHER // sum(each.nbytes for each in first))]
+        sites = [memories[n].gradients(arrived) for n in alike]
+        stacked = [torch.stack(each) for each in zip(*sites, strict=True)]
+        found = memory.method.remember(stacked).to(memory.dtype)
+        if any(before[n] is not None for n in alike):
+            finite = torch.stack([each.isfinite().flatten(1).all(1) for each in stacked]).all(0)
+            known = [_or(before[n], new) for n, new in zip(alike, found.unbind(), strict=True)]
+            found = torch.where(finite[:, None, None], found, torch.stack(known))
+        for n, each in zip(alike, found.unbind(), strict=True):
+            made[n] = each
+    return [each for each in made if each is not None]
+
+
+def _or(before: Tensor | None, new: Tensor) -> Tensor:
+    return new if before is None else before
 
 
 @dataclass
@@ -93,13 +124,18 @@ class _State:
         if not self.collects:
             return
         self.arrived[place] = grad
-        for number, memory in enumerate(self.memories):
-            if place in memory.places and self.arrived.keys() >= set(memory.places):
-                with torch.no_grad():
-                    self.known[number] = memory.of(self.arrived, self.known[number])
         if self.arrived.keys() >= {p for memory in self.memories for p in memory.places}:
-            self.arrived.clear()
+            self.settle()
             self.collects, self.passes = False, 1
+
+    def settle(self) -> None:
+        """Make the memories of which all gradients have arrived."""
+        done = [n for n, m in enumerate(self.memories) if self.arrived.keys() >= set(m.places)]
+        with torch.no_grad():
+            memories, before = [self.memories[n] for n in done], [self.known[n] for n in done]
+            for number, made in zip(done, _made(memories, self.arrived, before), strict=True):
+                self.known[number] = made
+        self.arrived.clear()
 
 
 class TwoGraphs:
@@ -118,6 +154,8 @@ class TwoGraphs:
 
     def __call__(self, *args: Any) -> Any:
         state = self._state(args)
+        # Of some weights none may come, as where gradients are asked of others only.
+        state.settle()
         state.waits = True
         if state.is_due:
             state.collects = True
