@@ -178,7 +178,7 @@ def step_times(
             continue
         losses[arm.name] = loss
     times: dict[str, list[float]] = {name: [] for name in losses}
-    for round_ in range(rounds):
+    for round_ in range(rounds if losses else 0):
         if deadline is not None and time.time() > deadline and round_ >= LEAST_ROUNDS:
             break
         for name in in_turn(list(losses), round_):
