@@ -1,11 +1,15 @@
 """Peak figures of GPUs, and a model of the time that a cost takes on one.
 
-Nothing here was timed: times are bounds from data sheets, times the shares of the peaks that are
-assumed to be reached. They are for comparing methods and tiles where no such device is at hand.
+Nothing here was timed by us: times are bounds from data sheets, times the shares of the peaks that
+are assumed to be reached, and latencies that others have published. They are for comparing methods
+and tiles where no such device is at hand.
 """
 
 from __future__ import annotations
 
+import bisect
+import math
+import re
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -22,6 +26,21 @@ CACHE_SHARE = 0.7
 """Assumed of the peak of the L2 cache."""
 ISSUE_SHARE = 0.8
 """Assumed of one instruction a scheduler and clock."""
+
+EAGER_SECONDS = 7e-6
+"""Of an operator outside of any graph, however small, on an H100: pull request 146 of
+github.com/meta-pytorch/autoparallel. On an A100 8 µs: pull request 27 of
+github.com/flagos-ai/Torch-FL. On others unknown."""
+CHOLESKY_SECONDS = {
+    1: {16: 34.8e-6, 128: 108.6e-6, 512: 376.1e-6, 2048: 1954.3e-6},
+    16: {16: 46.1e-6, 128: 157.7e-6, 512: 834.9e-6, 2048: 10598.4e-6},
+    64: {16: 46.1e-6, 128: 174.5e-6, 512: 1261.4e-6, 2048: 22181.2e-6},
+}
+"""By matrices at once, and by rows: cuSOLVER in float32 on an H100, github.com/pytorch/pytorch pull
+request 173515. Of other devices unknown, and taken to be the same."""
+SOLVE_SHARE = 0.4
+"""Of these, what a triangular solve takes: two of 16 × 128 × 128 take 120.8 µs, pull request 175898
+of the same place."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,8 @@ class DeviceFigures:
     launch: float
     """Seconds from one kernel of a stream to the next."""
     source: str
+    goes_by: str
+    """A regular expression of the names that drivers give it."""
     float8: float = 0.0
     """As `half`, in torch.float8_e4m3fn; 0 where it has no such matmuls."""
 
@@ -75,6 +96,7 @@ DEVICES = {
         5120 * 1.41e9,
         2e-6,
         f"NVIDIA A100 data sheet (2021); {_L2}",
+        r"A100[- ]SXM4[- ]80GB",
     ),
     "h100": DeviceFigures(
         "H100 SXM 80 GB",
@@ -88,6 +110,7 @@ DEVICES = {
         5120 * 1.83e9,
         2e-6,
         f"NVIDIA H100 data sheet and architecture whitepaper (2022); {_L2}",
+        r"H100 80GB HBM3",
         1978.9e12,
     ),
     "h200": DeviceFigures(
@@ -102,7 +125,24 @@ DEVICES = {
         5120 * 1.83e9,
         2e-6,
         f"NVIDIA H200 data sheet (2023); {_L2}",
+        r"\bH200$",
         1978.9e12,
+    ),
+    "b200": DeviceFigures(
+        "B200 SXM 180 GB",
+        "sm_100",
+        148,
+        1.86e9,
+        2250e12,
+        1100e12,
+        80e12,
+        8e12,
+        5120 * 1.86e9,
+        2e-6,
+        "NVIDIA Blackwell architecture brief (2024), HGX B200, dense; clock: what the peak in 16 "
+        "bits stands for; L2: unknown, that of an A100 by its clock",
+        r"\bB200$",
+        4500e12,
     ),
     "mi300x": DeviceFigures(
         "MI300X",
@@ -116,9 +156,17 @@ DEVICES = {
         17.2e12,
         4e-6,
         "AMD MI300X data sheet (2023); cache: its Infinity Cache",
+        r"MI300X",
     ),
 }
-"""By name; the command line, errors and the docs of examples read this table."""
+"""By name; the command line, errors and the docs of examples read this table.
+
+Of launches, the seconds are those from one kernel of a stream to the next: assumed, not published.
+Other forms of these devices, with other figures, other GPUs, RTX cards among them, and MPS are
+unknown.
+"""
+STANDS_FOR_UNKNOWN = "h100"
+"""What a device is judged by whose figures are unknown."""
 
 
 class Costed(Protocol):
@@ -147,6 +195,46 @@ def device_named(name: str) -> DeviceFigures:
     key = name.strip().lower()
     checks.choice("device", key, list(DEVICES))
     return DEVICES[key]
+
+
+def at_hand(kind: str) -> DeviceFigures | None:
+    """Return the figures of the current device of a kind; None if they are unknown.
+
+    Args:
+        kind: type of the device, such as "cuda".
+    """
+    if kind != "cuda" or not torch.cuda.is_available():
+        return None
+    return known_as(torch.cuda.get_device_name())
+
+
+def known_as(name: str) -> DeviceFigures | None:
+    """Return the figures of a GPU by its driver's name, such as "NVIDIA H200"; None if unknown."""
+    # A part of a device has not the figures of the whole.
+    found = (each for each in DEVICES.values() if re.search(each.goes_by, name))
+    return None if "MIG" in name else next(found, None)
+
+
+def factorisation_seconds(rows: int, matrices: int) -> float:
+    """Return the time of a Cholesky factorisation of square matrices and a solve with each.
+
+    Between published sizes it is assumed to grow by a power of them.
+
+    Args:
+        rows: of a matrix.
+        matrices: at once.
+    """
+    by_rows = {count: _between(times, rows) for count, times in CHOLESKY_SECONDS.items()}
+    return (1 + SOLVE_SHARE) * _between(by_rows, matrices)
+
+
+def _between(known: dict[int, float], at: int) -> float:
+    sizes = sorted(known)
+    place = min(max(bisect.bisect(sizes, at), 1), len(sizes) - 1)
+    low, high = sizes[place - 1], sizes[place]
+    share = math.log(max(at, sizes[0]) / low) / math.log(high / low)
+    factor: float = (known[high] / known[low]) ** share
+    return known[low] * factor
 
 
 def predicted_seconds(cost: Cost, device: DeviceFigures, dtype: torch.dtype) -> float:

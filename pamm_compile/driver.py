@@ -60,7 +60,7 @@ def make_pipeline(
         names: name of every parameter, by its input key.
         further: passes of the user's, behind ours.
         gm: the graph, to say more of it if it has no backward pass.
-        device: GPU whose times are reported, see `devices.device_named`; None for that at hand.
+        device: GPU whose times count, see `devices.device_named`; None for that at hand.
         apply: False only reports.
         memories: the input from which on the graph takes what methods remember, if it does.
 

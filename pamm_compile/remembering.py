@@ -25,7 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pamm_compile.driver import Compiled, compile_graph, make_pipeline
 from pamm_compile.graph.pipeline import GraphPass
-from pamm_compile.methods.base import Remembering
+from pamm_compile.methods.base import TOGETHER, Remembering
 from pamm_compile.options import Options
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport, Remembered, memories
@@ -51,27 +51,30 @@ class Memory:
         rows = self.method.directions(self.features, self.where.outputs)
         return torch.zeros(rows, self.features, dtype=self.dtype, device=self.device)
 
-    def of(self, gradients: Mapping[int, Tensor], before: Known | None) -> Known:
-        """Return what is known of new gradients; what was before where they are not all finite."""
+    def gradients(self, arrived: Mapping[int, Tensor]) -> list[Tensor]:
+        """Return the gradient of every weight, [outputs, features], of those that arrived."""
         found = []
         for (place, flip), outputs in zip(self.where.weights, self.where.outputs, strict=True):
-            grad = gradients[place].detach()
             shape = (self.features, outputs) if flip else (outputs, self.features)
-            matrix = grad.reshape(shape)
+            matrix = arrived[place].detach().reshape(shape)
             found.append(matrix.T if flip else matrix)
-        memory = self.method.remember(found).to(self.dtype)
-        lost = {}
-        for matrix, (place, flip) in zip(found, self.where.weights, strict=True):
+        return found
+
+    def lost(self, memory: Tensor, arrived: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Return what is added to gradients of the steps between, by place and in their shape."""
+        found = {}
+        matrices = self.gradients(arrived)
+        for (place, flip), matrix in zip(self.where.weights, matrices, strict=True):
             left = self.method.lost(matrix, memory)
             if left is not None:
-                lost[place] = (left.T if flip else left).reshape(gradients[place].shape)
-        if before is None:
-            return Known(memory, lost)
-        finite = torch.stack([each.isfinite().all() for each in found]).all()
-        return Known(
-            torch.where(finite, memory, before.memory),
-            {place: torch.where(finite, new, before.lost[place]) for place, new in lost.items()},
-        )
+                found[place] = (left.T if flip else left).reshape(arrived[place].shape)
+        return found
+
+    def is_like(self, other: Memory) -> bool:
+        """Tell whether another memory is made of gradients of the same sizes in the same way."""
+        mine, its = ((m.method, m.where.outputs, m.features, m.dtype, m.device)
+                     for m in (self, other))  # fmt: skip
+        return mine == its
 
 
 class Known(NamedTuple):
@@ -80,6 +83,37 @@ class Known(NamedTuple):
     memory: Tensor
     lost: dict[int, Tensor]
     """What is added to gradients, by the input of the graph that the weight is."""
+
+
+def _made(
+    memories: Sequence[Memory], arrived: Mapping[int, Tensor], before: Sequence[Known | None]
+) -> list[Known]:
+    """Return what is known of what arrived; what was known before where it is not all finite.
+
+    Memories that are alike are made together, so that small matrices wait for one another once.
+    """
+    made: list[Known | None] = [None] * len(memories)
+    for number, memory in enumerate(memories):
+        if made[number] is not None:
+            continue
+        alike = [n for n, m in enumerate(memories) if made[n] is None and memory.is_like(m)]
+        first = memory.gradients(arrived)
+        alike = alike[: max(1, TOGETHER // sum(each.nbytes for each in first))]
+        sites = [memories[n].gradients(arrived) for n in alike]
+        stacked = [torch.stack(each) for each in zip(*sites, strict=True)]
+        found = memory.method.remember(stacked).to(memory.dtype)
+        finite = torch.stack([each.isfinite().flatten(1).all(1) for each in stacked]).all(0)
+        for index, n in enumerate(alike):
+            new = Known(found[index], memories[n].lost(found[index], arrived))
+            made[n] = _kept(before[n], new, finite[index])
+    return [each for each in made if each is not None]
+
+
+def _kept(before: Known | None, new: Known, finite: Tensor) -> Known:
+    if before is None:
+        return new
+    lost = {p: torch.where(finite, each, before.lost[p]) for p, each in new.lost.items()}
+    return Known(torch.where(finite, new.memory, before.memory), lost)
 
 
 @dataclass(eq=False)
@@ -120,26 +154,29 @@ class _State:
         if is_ours and place == self.memories[0].places[0]:
             self.passes += 1
         self.waits.discard(place)
-        with torch.no_grad():
-            if self.collects:
-                self._collect(place, grad)
-                return None
+        if not self.collects:
             return self._restored(place, grad) if is_ours and is_last else None
+        self.arrived[place] = grad
+        if self.arrived.keys() >= self.places:
+            self.settle()
+            self.collects, self.passes = False, 1
+        return None
 
+    @torch.no_grad()
     def _restored(self, place: int, grad: Tensor) -> Tensor | None:
         for memory, known in zip(self.memories, self.known, strict=True):
             if known is not None and place in known.lost:
                 return memory.method.restored(grad, known.lost[place])
         return None
 
-    def _collect(self, place: int, grad: Tensor) -> None:
-        self.arrived[place] = grad
-        for number, memory in enumerate(self.memories):
-            if place in memory.places and self.arrived.keys() >= set(memory.places):
-                self.known[number] = memory.of(self.arrived, self.known[number])
-        if self.arrived.keys() >= self.places:
-            self.arrived.clear()
-            self.collects, self.passes = False, 1
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the memories of which all gradients have arrived."""
+        done = [n for n, m in enumerate(self.memories) if self.arrived.keys() >= set(m.places)]
+        memories, before = [self.memories[n] for n in done], [self.known[n] for n in done]
+        for number, made in zip(done, _made(memories, self.arrived, before), strict=True):
+            self.known[number] = made
+        self.arrived.clear()
 
 
 class TwoGraphs:
@@ -158,6 +195,8 @@ class TwoGraphs:
 
     def __call__(self, *args: Any) -> Any:
         state = self._state(args)
+        # Of some weights none may come, as where gradients are asked of others only.
+        state.settle()
         state.waits = state.places
         for place in state.places:
             _CALLED_LAST[args[place]] = weakref.ref(state)

@@ -31,6 +31,8 @@ class Size:
     """Whether the backward pass makes these casts again, of what is saved for other gradients."""
     scaled: bool = False
     """Whether the exact weight gradients are multiplied in float8."""
+    alike: int = 1
+    """Sites of these sizes and one method in the graph, this one among them."""
 
     @property
     def bytes(self) -> int:

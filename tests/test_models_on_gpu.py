@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 
 import pamm_compile
+from pamm_compile import GradientSubspace
 
 pytestmark = pytest.mark.gpu
 
@@ -80,3 +81,63 @@ class _Flex(torch.nn.Module):
 
 def test_flex_attention() -> None:
     _check(_Flex().cuda(), 1, torch.randn(2, 128, 64, device="cuda"))
+
+
+class _Layers(torch.nn.Module):
+    """What reads an input alone and what reads it with others, wide enough for every method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = torch.nn.Linear(256, 768, bias=False)
+        self.down = torch.nn.Linear(768, 256, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.qkv(x).tanh())
+
+
+def _batch(step: int) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(step)
+    return torch.randn(4, 128, 256, device="cuda", generator=generator)
+
+
+def _error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_gradients_lie_along_what_is_remembered(mode: str | None) -> None:
+    """Also where a captured graph reads memories whose addresses change."""
+    method = GradientSubspace(32, every=3)
+    model = _Layers().cuda()
+    backend = pamm_compile.backend(
+        rules={"linear": method}, goal="any", min_tokens=1, mode=mode
+    )  # fmt: skip
+    backend.report.clear()
+    compiled = torch.compile(model, backend=backend)
+    basis: dict[str, Tensor] = {}
+    for step in range(10):
+        found = _gradients(model, compiled, _batch(step))
+        exact = _gradients(model, model, _batch(step))
+        for name, grad in exact.items():
+            if step % 3 == 0:
+                # In float8 where the device has it.
+                assert 0 < _error(found[name], grad) < 0.1, (step, name)
+                basis[name] = method.remember([found[name]])
+            else:
+                wanted = grad @ basis[name].T @ basis[name]
+                assert _error(found[name], wanted) < 1e-2, (step, name)
+    assert len(backend.report.compressed) == 2
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize(("rule", "most"), [("quantized:8", 0.1), ("subspace:192", 0.6)])
+def test_methods_make_what_they_make_on_a_cpu(rule: str, most: float, mode: str | None) -> None:
+    model = _Layers().cuda()
+    backend = pamm_compile.backend(rules=f"linear={rule}", goal="any", min_tokens=1, mode=mode)
+    backend.report.clear()
+    compiled = torch.compile(model, backend=backend)
+    for step in range(3):
+        found = _gradients(model, compiled, _batch(step))
+        exact = _gradients(model, model, _batch(step))
+        assert all(0 < _error(found[name], grad) < most for name, grad in exact.items())
+    assert len(backend.report.compressed) == 2

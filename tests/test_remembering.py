@@ -18,7 +18,7 @@ from pamm_compile import GradientSubspace
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport, memories
 
-METHOD = GradientSubspace(8, every=3, carry=0)
+METHOD = GradientSubspace(8, every=3)
 CARRYING = GradientSubspace(8, every=3, carry=0.5)
 WIDTH = 32
 

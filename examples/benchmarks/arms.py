@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,6 +71,16 @@ class Arm:
     """Every block of the model is checkpointed."""
     peer: bool = False
     """Torch's own pass keeps all that is saved in bfloat16 in float8, with a scale a token."""
+    goal: Goal | None = None
+    """As `pamm_compile.backend(goal=…)`; None for what `backend_of` says."""
+    mode: str | None = None
+    """As torch.compile's."""
+    float8: bool = False
+    """Forward and for dX the blocks multiply in float8, for dW in 16 bits."""
+    compresses: frozenset[str] = frozenset()
+    """Projections whose inputs it compresses in every layer; none if the name says nothing."""
+    may_compress: frozenset[str] = frozenset()
+    """Others that it may compress: where the model of the time decides."""
 
     @property
     def approximates(self) -> bool:
@@ -114,33 +126,87 @@ ARMS = (
 )
 """What matters most first: a run whose time ends has that."""
 
+QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+BLOCK = QKV | {"gate_proj", "up_proj", "down_proj"}
+"""Those whose inputs nothing else saves for the backward pass."""
+IN_GRAPHS = "reduce-overhead"
+"""The mode of torch.compile that captures CUDA graphs."""
+_BLOCKS = "/lm_head/=exact, linear={}"
+_GRADIENTS = Arm("gradients", rules=_BLOCKS.format("gradients"), goal="any", compresses=BLOCK)
+_SUBSPACE = Arm("Subspace", rules=_BLOCKS.format("subspace"), goal="any", compresses=BLOCK)
+_PAMM = Arm("PAMM, Q, K, V", rules=PAPER, compresses=QKV)
+GPU_ARMS = (
+    _GRADIENTS,
+    *(
+        dataclasses.replace(arm, name=f"{arm.name}, CUDA graphs", mode=IN_GRAPHS)
+        for arm in (Arm(REFERENCE), _GRADIENTS)
+    ),
+    _SUBSPACE,
+    dataclasses.replace(_SUBSPACE, name="Subspace, CUDA graphs", mode=IN_GRAPHS),
+    dataclasses.replace(
+        _GRADIENTS, name="gradients, rank 1/16", rules=_BLOCKS.format("gradients:0.0625")
+    ),
+    Arm(
+        "recommended",
+        rules="linear=gradients",
+        goal="speed",
+        compresses=BLOCK,
+        may_compress=frozenset({"o_proj", "lm_head"}),
+    ),
+    _PAMM,
+    *(
+        dataclasses.replace(arm, name=f"{arm.name}, float8", float8=True)
+        for arm in (Arm(REFERENCE), _GRADIENTS)
+    ),
+)
+"""What a session on a GPU times. Goal "any": what a model of the time thinks of them is in question
+there."""
+EVERY_ARM = (*ARMS, *GPU_ARMS)
+
 
 def by_name(name: str) -> Arm:
-    """Return one of ARMS."""
-    return next(arm for arm in ARMS if arm.name == name)
+    """Return one of EVERY_ARM."""
+    return next(arm for arm in EVERY_ARM if arm.name == name)
 
 
 def variant(arm: Arm, model: nn.Module) -> nn.Module:
     """Return the model as an arm runs it, uncompiled: with the same parameters, not copies."""
-    if not arm.checkpointed:
+    if not (arm.checkpointed or arm.float8):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, shared)
+    if arm.float8:
+        return _in_float8(model)
     # Transformers renamed it within its fifth major release.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return model
 
 
+def _in_float8(model: nn.Module) -> nn.Module:
+    """Convert the linear layers of the blocks that float8 matmuls have sizes for."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    config = Float8LinearConfig.from_recipe_name("rowwise_with_gw_hp")
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    fits = lambda module, name: (  # noqa: E731
+        name != "lm_head" and module.in_features % 16 == 0 == module.out_features % 16
+    )
+    return convert_to_float8_training(
+        model, config=dataclasses.replace(config, emulate=on_cpu), module_filter_fn=fits
+    )
+
+
 def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.Backend:
-    """Return the backend of an arm that approximates; the same one for the same case.
+    """Return a backend of an arm that approximates.
 
     Args:
         arm: one with rules.
         case: the model.
-        goal: default: "speed" for the whole model, whose matmuls save time also where X stays saved
-            anyway, and else "memory". What scratch.py trains leaves no input of a block exact, also
-            where finding directions takes longer than the exact gradient, and is timed so.
+        goal: default: the arm's; of those that have none "speed" for the whole model, whose matmuls
+            save time also where X stays saved anyway, and else "memory". What scratch.py trains
+            leaves no input of a block exact, also where finding directions takes longer than the
+            exact gradient, and is timed so.
     """
     usual: Goal = "memory"
     if arm.rules in (WHOLE, SHORT):
@@ -149,19 +215,25 @@ def backend_of(arm: Arm, case: Case, goal: Goal | None = None) -> pamm_compile.B
         usual = "any"
     return pamm_compile.backend(
         rules=arm.rules.format(ratio=case.ratio),
-        goal=goal or usual,
+        goal=goal or arm.goal or usual,
         min_tokens=case.min_tokens,
         base=case.base,
+        mode=arm.mode,
     )
 
 
-def compile_arm(arm: Arm, model: nn.Module, case: Case) -> nn.Module:
-    """Compile a model as an arm asks for."""
+def compile_arm(arm: Arm, model: nn.Module, case: Case) -> tuple[nn.Module, pamm_compile.Report]:
+    """Compile a model as an arm asks for.
+
+    Returns:
+        The model, and the report of what will be compiled with it; empty of an exact arm.
+    """
     model = variant(arm, model)
     if not arm.compiled:
-        return model
-    compiled: nn.Module = torch.compile(model, backend=_ArmBackend(arm, case), dynamic=False)
-    return compiled
+        return model, pamm_compile.Report()
+    backend = _ArmBackend(arm, case)
+    compiled: nn.Module = torch.compile(model, backend=backend, dynamic=False)
+    return compiled, backend.report
 
 
 class _ArmBackend:
@@ -169,9 +241,16 @@ class _ArmBackend:
 
     def __init__(self, arm: Arm, case: Case) -> None:
         self._arm = arm
-        self._compile: Callable[..., Any] = (
-            backend_of(arm, case) if arm.approximates else torch._dynamo.lookup_backend(case.base)
-        )
+        self.report = pamm_compile.Report()
+        self._compile: Callable[..., Any]
+        if arm.approximates:
+            self._compile = ours = backend_of(arm, case)
+            self.report = ours.report
+        else:
+            self._compile = torch._dynamo.lookup_backend(case.base)
+            if arm.mode == IN_GRAPHS and case.base == "inductor":
+                settings = {"triton.cudagraphs": True}
+                self._compile = functools.partial(self._compile, config_patches=settings)
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
         with self._arm.settings():

@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, Shape, int]] = {
     "gpt2": ("gpt2", SHAPES["gpt2"]._replace(vocabulary=257, sequence=256), 2),
     "llama-60m": ("llama-60m", SHAPES["llama-60m"]._replace(vocabulary=257), 2),
     "roberta": ("roberta", SHAPES["roberta"]._replace(vocabulary=257, sequence=256), 2),
+    "bert-384": ("roberta", Shape("roberta", 384, 6, 12, 1536, 257, 128), 8),
 }
 """What it is named after, the sizes, and the sequences a step."""
 COLUMNS = {"seconds": "wall", "cpu_seconds": "CPU"}
@@ -45,7 +46,8 @@ COLUMNS = {"seconds": "wall", "cpu_seconds": "CPU"}
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=CASES, default=["gpt2-96", "llama-60m"])
-    parser.add_argument("--arms", nargs="+", default=["PAMM"], help="to compare with compile")
+    parser.add_argument("--arms", nargs="+", default=["PAMM", "whole model", "recommended"],
+                        help="to compare with compile")  # fmt: skip
     parser.add_argument("--rounds", type=cli.positive, default=3)
     parser.add_argument("--layers", type=cli.positive, nargs="+", default=[10, 50, 100, 250, 500])
     parser.add_argument("--only", choices=("models", "layers"), help="default: both")

@@ -240,11 +240,9 @@ def predictions(size: Size, k: int) -> dict[str, float]:
     """Return seconds by kernel as the package's model has them, for the device at hand."""
     if size.device == "cpu":
         return {}
-    name = torch.cuda.get_device_name().lower()
-    known = next((each for each in devices.DEVICES if each in name), None)
-    if known is None:
+    device = devices.known_as(torch.cuda.get_device_name())
+    if device is None:
         return {}
-    device = devices.device_named(known)
     found = {time.name: time.seconds for time in time_model.site_times(size, k, device)}
     return {**found, "exact": devices.exact_seconds(size, device)}
 

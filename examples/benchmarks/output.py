@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from examples.benchmarks import verdict
-from examples.benchmarks.arms import ARMS, PAPER, REFERENCE, Arm
+from examples.benchmarks.arms import EVERY_ARM, PAPER, REFERENCE, Arm
 from examples.benchmarks.models import NAMES
 from examples.benchmarks.tables import mebibytes
 from examples.benchmarks.timing import paired_ratios, quartiles
@@ -49,8 +49,8 @@ def conclude(model: dict[str, Any]) -> None:
         times = (arms[name]["times_s"] for name in (mine, theirs))
         ratios = paired_ratios(*times)
         arms[mine]["time_ratio_at_same_setting"] = quartiles(ratios)._asdict()
-    pamm = [arm.name for arm in ARMS if arm.approximates and arm.name in arms]
-    exact = [arm.name for arm in ARMS if not arm.approximates and arm.name in arms]
+    pamm = [arm.name for arm in EVERY_ARM if arm.approximates and arm.name in arms]
+    exact = [arm.name for arm in EVERY_ARM if not arm.approximates and arm.name in arms]
     model["verdicts"], model["pareto"] = {}, {}
     for metric, field in METRICS.items():
         figures = {n: verdict.Figures(arm[field], arm["times_s"]) for n, arm in arms.items()}
@@ -63,11 +63,13 @@ def conclude(model: dict[str, Any]) -> None:
 def twins(arms: Mapping[str, Model]) -> list[tuple[str, str]]:
     """Return, of every PAMM arm, its name and that of the exact arm of the same setting."""
     exact = {
-        arm.budget: arm.name
-        for arm in ARMS
+        (arm.budget, arm.mode, arm.float8): arm.name
+        for arm in EVERY_ARM
         if arm.compiled and not (arm.approximates or arm.aggressive or arm.checkpointed or arm.peer)
     }
-    pairs = [(arm.name, exact[arm.budget]) for arm in ARMS if arm.approximates]
+    pairs = [
+        (arm.name, exact[arm.budget, arm.mode, arm.float8]) for arm in EVERY_ARM if arm.approximates
+    ]
     return [pair for pair in pairs if all(name in arms for name in pair)]
 
 
@@ -211,7 +213,7 @@ def _draw(axes: Any, arms: Mapping[str, Model], metric: str, front: Sequence[str
         zorder=0,
         label="not dominated",
     )
-    for arm in ARMS:
+    for arm in EVERY_ARM:
         if arm.name not in points:
             continue
         x, y = points[arm.name]

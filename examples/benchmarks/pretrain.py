@@ -21,7 +21,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from examples.benchmarks import cli, machine, tables, worker
-from examples.benchmarks.arms import REFERENCE, WHOLE, Arm
+from examples.benchmarks.arms import EVERY_ARM, REFERENCE, WHOLE, Arm, by_name
 from examples.benchmarks.models import DTYPES, SHAPES, Case
 from examples.benchmarks.timing import paired_ratios, quartiles
 
@@ -31,7 +31,11 @@ RULES = ("qkv=pamm:64", "qkv=pamm:256", "qkv=pamm:512", WHOLE)
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
     parser.add_argument("--model", choices=SHAPES, default="llama-60m")
-    parser.add_argument("--rules", nargs="+", default=list(RULES), help="one arm each")
+    parser.add_argument("--rules", nargs="+", help=f"one arm each (default: {'; '.join(RULES)})")
+    parser.add_argument(
+        "--arms", nargs="+", metavar="ARM", default=[], choices=[arm.name for arm in EVERY_ARM],
+        help="by their names in arms.py, in place of rules; ends where one is not what it is named",
+    )  # fmt: skip
     parser.add_argument("--layers", type=cli.positive, help="default: the model's")
     parser.add_argument("--width", type=cli.positive, help="default: the model's")
     parser.add_argument("--batch", type=cli.positive, default=64, help="sequences a step")
@@ -84,7 +88,8 @@ def main(arguments: list[str] | None = None) -> None:
         "environment": machine.facts(args.device),
         "cuts": case.cuts(),
     }
-    arms = [Arm(REFERENCE), *(Arm(rules, rules=rules) for rules in args.rules)]
+    rules = args.rules or ([] if args.arms else RULES)
+    arms = [Arm(REFERENCE), *(Arm(each, rules=each) for each in rules), *map(by_name, args.arms)]
     record["runs"] = worker.quality(case, arms, args.steps, args.lr, args.seconds)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -77,8 +77,8 @@ _EXACT = {
     "exact-2/3": Arm("exact, 2/3 of the steps", share=2 / 3),
 }
 _OURS = {
-    "carried": Arm("gradient subspace, rank 1/8", "linear=gradients"),
-    "gradients": Arm("T = 10, nothing carried", "linear=gradients:every=10:carry=0"),
+    "gradients": Arm("gradient subspace, rank 1/8", "linear=gradients"),
+    "carried": Arm("the same, T = 5, half carried", "linear=gradients:every=5:carry=0.5"),
     "subspace": Arm("Subspace, rank 1/8", "linear=subspace"),
     "subspace-16": Arm("Subspace, rank 1/16", "linear=subspace:0.0625"),
     "eight": Arm("8 bits", "linear=quantized:8", goal="memory"),

@@ -32,8 +32,8 @@ if not __package__:
 import torch
 from tqdm import tqdm
 
-from examples.benchmarks import cli, machine, output, worker
-from examples.benchmarks.arms import ARMS, REFERENCE, Arm
+from examples.benchmarks import cli, compressed, machine, output, worker
+from examples.benchmarks.arms import ARMS, EVERY_ARM, REFERENCE, Arm
 from examples.benchmarks.models import DTYPES, SHAPES, Case
 from examples.benchmarks.presets import PRESETS, Preset
 from examples.benchmarks.processes import Processes, jobs_that_fit
@@ -48,8 +48,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="default: gpu or cpu, by device")
     parser.add_argument("--models", nargs="+", choices=SHAPES, help="default: the preset's")
     parser.add_argument(
-        "--arms", nargs="+", metavar="ARM", choices=[arm.name for arm in ARMS],
-        help=f"default: all; {REFERENCE!r} is always among them",
+        "--arms", nargs="+", metavar="ARM", choices=[arm.name for arm in EVERY_ARM],
+        help=f"default: all but a GPU session's; {REFERENCE!r} is always among them",
     )  # fmt: skip
     for field in ("layers", "batch", "sequence", "vocabulary"):
         parser.add_argument(f"--{field}", type=cli.positive, help="default: the preset's")
@@ -121,7 +121,7 @@ class Benchmark:
         self.args = args
         self.started = time.time()
         names = {REFERENCE, *(args.arms or [arm.name for arm in ARMS])}
-        self.arms = [arm for arm in ARMS if arm.name in names]
+        self.arms = [arm for arm in EVERY_ARM if arm.name in names]
         self.record: dict[str, Any] = {
             "command": machine.command(),
             "environment": machine.facts(args.device, args.threads),
@@ -247,6 +247,13 @@ def _left(deadline: float | None, grace: float = 0.0) -> float | None:
     return None if deadline is None else max(1.0, deadline - time.time() + grace)
 
 
+def not_as_named(record: dict[str, Any]) -> list[str]:
+    """Return what arms compressed something else than what they are named after."""
+    arms = (arm for model in record["models"].values() for arm in model["arms"].values())
+    said = (str(arm.get(key, "")) for arm in arms for key in ("error", "not_timed"))
+    return list(dict.fromkeys(each for each in said if each.startswith(compressed.WRONG)))
+
+
 def write_again(path: Path) -> None:
     """Write tables and plots of a record beside it."""
     record = json.loads(path.read_text())
@@ -276,6 +283,8 @@ def main(arguments: list[str] | None = None) -> None:
     benchmark.save()
     (args.out / "benchmark.md").write_text(output.markdown(benchmark.record))
     print(f"\n{benchmark.record['seconds']:.0f} s; wrote {args.out}/benchmark.json, .md and plots")
+    if wrong := not_as_named(benchmark.record):
+        raise SystemExit("\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import pamm_compile
-from examples.benchmarks import arms, corpus, full_size, models, peak, training
+from examples.benchmarks import arms, compressed, corpus, full_size, models, peak, training
 from examples.benchmarks.arms import Arm
 from examples.benchmarks.models import Case
 from examples.benchmarks.timing import in_turn, seconds
@@ -36,7 +36,7 @@ _VALIDATION_SHARE = 0.9
 def set_up(case: Case) -> None:
     """Set threads, and let Dynamo keep the code of all arms of one function."""
     torch.set_num_threads(case.threads)
-    torch._dynamo.config.recompile_limit = 8 * len(arms.ARMS)
+    torch._dynamo.config.recompile_limit = 8 * len(arms.EVERY_ARM)
 
 
 def memory(case: Case, arm: Arm) -> dict[str, Any]:
@@ -44,11 +44,12 @@ def memory(case: Case, arm: Arm) -> dict[str, Any]:
     set_up(case)
     model, batch = models.make_model(case), models.make_batch(case)
     started = time.perf_counter()
-    if arm.approximates:
-        arms.backend_of(arm, case).report.clear()
-    loss = arms.loss_function(arms.compile_arm(arm, model, case), batch, case)
+    compiled, report = arms.compile_arm(arm, model, case)
+    loss = arms.loss_function(compiled, batch, case)
     arms.train_step(loss, model)
     first_step = time.perf_counter() - started
+    if wrong := compressed.wrong(arm, case, report):
+        return {"error": wrong}
     used = pamm_compile.measure_memory(loss, model=model, warmup=0)
     # The first may still fill caches of the libraries.
     peaks = [peak.measure(lambda: arms.train_step(loss, model), case.device) for _ in range(PEAKS)]
@@ -64,9 +65,6 @@ def memory(case: Case, arm: Arm) -> dict[str, Any]:
         "first_step_s": first_step,
     }
     if arm.approximates:
-        report = arms.backend_of(arm, case).report
-        if not report.compressed:
-            raise SystemExit(f"{case.cuts()}: nothing is compressed.\n{report}")
         result["compressed_sites"] = len(report.compressed)
         result["inputs_bytes_before"] = report.bytes_before
         result["inputs_bytes_after"] = report.bytes_after
@@ -87,7 +85,7 @@ def cold_compile(case: Case, arm: Arm) -> dict[str, Any]:
     model, batch = models.make_model(case), models.make_batch(case)
     with tempfile.TemporaryDirectory() as cache, _timed_pass() as spent:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        loss = arms.loss_function(arms.compile_arm(arm, model, case), batch, case)
+        loss = arms.loss_function(arms.compile_arm(arm, model, case)[0], batch, case)
         before, started = sum(os.times()[:4]), time.perf_counter()
         arms.train_step(loss, model)
         wall = time.perf_counter() - started
@@ -166,7 +164,8 @@ def step_times(
         if time.time() > compiled_by and losses:
             skipped[arm.name] = "no time left to compile it"
             continue
-        loss = arms.loss_function(arms.compile_arm(arm, model, case), batch, case)
+        compiled, report = arms.compile_arm(arm, model, case)
+        loss = arms.loss_function(compiled, batch, case)
         try:
             for _ in range(WARMUP):
                 arms.train_step(loss, model)
@@ -174,9 +173,12 @@ def step_times(
             model.zero_grad(set_to_none=True)
             skipped[arm.name] = str(error).splitlines()[0]
             continue
+        if wrong := compressed.wrong(arm, case, report):
+            skipped[arm.name] = wrong
+            continue
         losses[arm.name] = loss
     times: dict[str, list[float]] = {name: [] for name in losses}
-    for round_ in range(rounds):
+    for round_ in range(rounds if losses else 0):
         if deadline is not None and time.time() > deadline and round_ >= LEAST_ROUNDS:
             break
         for name in in_turn(list(losses), round_):
@@ -207,16 +209,20 @@ def quality(
         sizes = (case.shape.family, case.batch, case.shape.sequence)
         return training.batches(of, *sizes, seed, case.device)
 
-    runs = []
+    runs, reports = [], []
     for arm in chosen:
         model = models.make_model(case)
-        loss = functools.partial(_loss, arms.compile_arm(arm, model, case), case)
+        compiled, report = arms.compile_arm(arm, model, case)
+        loss = functools.partial(_loss, compiled, case)
         runs.append(training.Run(arm.name, model, loss, training.optimizer_of(model, rate)))
+        reports.append(report)
     if seconds_left is not None:
         took = _trial(runs, data(text.train, case.seed))
+        _require(chosen, case, reports)
         left = _VALIDATION_SHARE * (seconds_left - (time.perf_counter() - started))
         steps = max(1, min(steps, int(left / took)))
     training.train_side_by_side(runs, data(text.train, case.seed), steps, rate)
+    _require(chosen, case, reports)
     last = max(1, math.ceil(steps / 5))
     return {
         run.name: {
@@ -229,6 +235,13 @@ def quality(
         }
         for run in runs
     }
+
+
+def _require(chosen: Sequence[Arm], case: Case, reports: Sequence[pamm_compile.Report]) -> None:
+    """End the process if an arm does not compress what it is named after."""
+    for arm, report in zip(chosen, reports, strict=True):
+        if wrong := compressed.wrong(arm, case, report):
+            raise SystemExit(wrong)
 
 
 def _trial(runs: Sequence[training.Run], batches: Iterator[training.Batch]) -> float:

@@ -43,8 +43,9 @@ def explain(
         model: any module; a compiled one is unwrapped.
         args: what to call it with.
         using: a backend, for its options; None stands for `backend()`.
-        device: show the times that a model of a GPU gives, by its name in `devices.DEVICES`, such
-            as "h100"; none is measured. None for the device that the model is on.
+        device: a GPU by its name in `devices.DEVICES`, such as "h100": a model of it gives the
+            times that are shown, and that the goal "speed" decides by; none is measured. None for
+            the device that the model is on.
         kwargs: what to call it with.
 
     Returns:

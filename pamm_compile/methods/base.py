@@ -16,6 +16,9 @@ from torch import Tensor
 
 from pamm_compile.size import Cost, Size
 
+TOGETHER = 2**28
+"""Bytes of weight gradients that are copied to be remembered together, at most."""
+
 
 @runtime_checkable
 class Method(Protocol):
@@ -106,7 +109,8 @@ class Remembering(Method, Protocol):
         """Return the memory, [rows, n], float32; run eagerly, outside of any graph.
 
         Args:
-            gradients: dW_p, [m_p, n], summed over all sites that share these weights.
+            gradients: dW_p, [m_p, n], summed over all sites that share these weights; or those of
+                s sites that are alike, [s, m_p, n], of which the memory is [s, rows, n].
         """
         ...
 

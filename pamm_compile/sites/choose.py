@@ -6,6 +6,7 @@ site of X      {q, k, v: A}  {gate: B}        two candidates, each storing X in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -66,7 +67,7 @@ def choose(joint: JointGraph, rules: Rules, *, siblings: bool) -> Choice:
     exact = [projection for projection, method in chosen.values() if method is None]
     declines += [Decline(Reason.EXACT_BY_RULE, projection.name) for projection in exact]
     return Choice(
-        _candidates(joint, chosen),
+        _counted(_candidates(joint, chosen)),
         [*_unclear(joint, match, rules, chosen), *((None, decline) for decline in declines)],
     )
 
@@ -116,6 +117,15 @@ def _candidates(
                 own = _part(site, {p.node for p in named})
                 candidates.append(Candidate(own, method, size_of(own)))
     return candidates
+
+
+def _counted(candidates: list[Candidate]) -> list[Candidate]:
+    """Let every candidate know of how many that are alike it is one."""
+    kinds = Counter((each.method, each.size) for each in candidates)
+    return [
+        replace(each, size=replace(each.size, alike=kinds[each.method, each.size]))
+        for each in candidates
+    ]
 
 
 def _part(site: Site, nodes: set[Node]) -> Site:

@@ -28,7 +28,7 @@ class CompressInputs:
 
     Attributes:
         options: rules, goal, siblings, min_tokens and seed are read.
-        gpu: what reported times are of; None for the device at hand.
+        gpu: what times are of, and decisions by them; None for the device at hand.
         memories: the input of Dynamo's graph from which on it takes what methods remember, in the
             order of `report.memories`; None where nothing is remembered yet.
     """
@@ -75,7 +75,7 @@ class CompressInputs:
     def decide(self, joint: JointGraph) -> Decision:
         """Return what it would do."""
         choice = choose(joint, self.options.rules, siblings=self.options.siblings)
-        return decide(joint, choice, self.options)
+        return decide(joint, choice, self.options, self.gpu)
 
 
 def _report(

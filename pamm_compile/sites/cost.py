@@ -61,9 +61,9 @@ def saved_time(method: Method, size: Size, gpu: devices.DeviceFigures | None = N
     """
     if gpu is None and size.device == "cpu":
         return 1 - _cpu_seconds(method.cost(size), size) / _cpu_seconds(exact_cost(size), size)
-    # Whichever accelerator it is: what is a gain on one is no loss on another where it is clear.
     if gpu is None:
-        gpu = devices.device_named("h100")
+        # What is a gain on one is no loss on another where it is clear.
+        gpu = devices.at_hand(size.device) or devices.device_named(devices.STANDS_FOR_UNKNOWN)
         if not has_scaled_matmul(torch.device(size.device)):
             gpu = replace(gpu, float8=0.0)
     # Costs depend on the kind of device too.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import Node
 
+from pamm_compile.devices import DeviceFigures
 from pamm_compile.graph.chains import value
 from pamm_compile.graph.joint import JointGraph
 from pamm_compile.graph.vocabulary import op_name
@@ -46,24 +47,28 @@ class Decision:
     """With the candidate it concerns, if one was formed."""
 
 
-def decide(joint: JointGraph, choice: Choice, options: Options) -> Decision:
+def decide(
+    joint: JointGraph, choice: Choice, options: Options, gpu: DeviceFigures | None = None
+) -> Decision:
     """Choose the sites to compress.
 
     Args:
         joint: the graph the candidates are in.
         choice: what the rules want.
         options: goal and min_tokens are read.
+        gpu: whose time counts for the goal "speed"; None for the device that X is on.
 
     Returns:
         The decision; every candidate is in one of its two lists.
     """
-    return _Judge(joint, options).decide(choice)
+    return _Judge(joint, options, gpu).decide(choice)
 
 
 class _Judge:
-    def __init__(self, joint: JointGraph, options: Options) -> None:
+    def __init__(self, joint: JointGraph, options: Options, gpu: DeviceFigures | None) -> None:
         self._joint = joint
         self._options = options
+        self._gpu = gpu
 
     def decide(self, choice: Choice) -> Decision:
         declines = list(choice.declines)
@@ -129,7 +134,7 @@ class _Judge:
 
     def _loss(self, method: Method, size: Size) -> tuple[Reason, str] | None:
         if self._options.goal == "speed":
-            share = 1 - saved_time(method, size)
+            share = 1 - saved_time(method, size, self._gpu)
             if share >= 1:
                 return Reason.UNPROFITABLE, f"{share:.1f} × the exact time, by the cost model"
         elif self._options.goal == "memory":

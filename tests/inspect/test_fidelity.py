@@ -115,7 +115,7 @@ def test_what_is_remembered_is_of_other_tokens() -> None:
     (row, *_) = fidelity(model, x, methods=[GradientSubspace(4)], draws=2).sites
     assert 0.1 < row.error < 1
     assert row.noise == 0
-    assert row.described.startswith("r = 4, 1 of 5 in 8 bits")
+    assert row.described.startswith("r = 4, 1 of 10 in 8 bits")
 
 
 def test_errors_are_those_of_the_methods() -> None:
@@ -179,7 +179,7 @@ def test_the_least_error_in_a_time_is_chosen_for_all_targets_together() -> None:
     def loss(output: Tensor) -> Tensor:
         return output.square().mean()
 
-    few, many = (GradientSubspace(r, carry=0) for r in (8, 64))
+    few, many = (GradientSubspace(r) for r in (8, 64))
     methods = [few, many, Subspace(256, bits=None)]
     chosen = recommend(model, x, time=0.85, methods=methods, draws=1, loss=loss)
     slow = recommend(model, x, time=0.999, methods=methods, draws=1, loss=loss)

@@ -13,15 +13,27 @@ import torch
 from torch import Tensor
 
 from pamm_compile import checks
-from pamm_compile.devices import DeviceFigures, predicted_seconds
+from pamm_compile.devices import (
+    EAGER_SECONDS,
+    DeviceFigures,
+    factorisation_seconds,
+    matmul_seconds,
+    predicted_seconds,
+)
+from pamm_compile.methods.base import TOGETHER
 from pamm_compile.methods.quantized.method import Quantized
 from pamm_compile.methods.rank import checked_rank, directions
+from pamm_compile.methods.remembered.orthonormal import orthonormal
 from pamm_compile.size import Cost, Size
 
 _ITERATIONS = 2
 _CARRIED = torch.bfloat16
 """Of what is carried, whose rounding is far below its noise."""
 _SEED = 0
+# Of the factorisations before the last, whose rows only have to be told apart, and of the last.
+_PASSES, _LAST_PASSES = 1, 2
+# Of PyTorch, for a factorisation with its products, and for the gradients of a projection.
+_OPERATORS, _OPERATORS_AN_OUTPUT = 25, 11
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,12 @@ class GradientSubspace:
     """
 
     rank: float = 0.125
-    every: int = 5
-    carry: float = 0.5
+    every: int = 10
+    carry: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", checked_rank(self.rank))
-        hint = "5 makes every fifth weight gradient nearly exactly."
+        hint = "10 makes every tenth weight gradient nearly exactly."
         object.__setattr__(self, "every", checks.integer("every", self.every, 2, hint))
         hint = "0.5 adds half of it."
         object.__setattr__(self, "carry", checks.share("carry", self.carry, hint))
@@ -118,18 +130,23 @@ class GradientSubspace:
     def remember(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return Q, [r, n], float32: orthonormal, by subspace iteration on all dW together.
 
+        Of 16-bit gradients the iterations multiply in bfloat16. Nothing waits for the device.
+
         Args:
-            gradients: dW_p, [m_p, n].
+            gradients: dW_p, [m_p, n]; of s sites at once [s, m_p, n], and Q is [s, r, n].
         """
         # A weight counts by what is left out of its own gradient: optimizers such as Adam move all
         # alike, and the gradients of V would leave no direction to those of Q and K.
-        whole = torch.cat([_of_unit_size(grad.float()) for grad in gradients])
-        r = self.directions(whole.shape[1], [whole.shape[0]])
-        start = torch.randn(len(whole), r, generator=torch.Generator().manual_seed(_SEED))
-        basis: Tensor = torch.linalg.qr(whole.T @ start.to(whole.device)).Q
+        whole = torch.cat([_of_unit_size(grad) for grad in gradients], dim=-2)
+        m, n = whole.shape[-2:]
+        r = self.directions(n, [m])
+        generator = torch.Generator(whole.device).manual_seed(_SEED)
+        start = torch.randn(m, r, generator=generator, device=whole.device).to(whole.dtype)
+        span = start.mT @ whole
         for _ in range(_ITERATIONS):
-            basis = torch.linalg.qr(whole.T @ (whole @ basis)).Q
-        return basis.T.contiguous()
+            basis = orthonormal(span, passes=_PASSES).to(whole.dtype)
+            span = (basis @ whole.mT) @ whole
+        return orthonormal(span, passes=_LAST_PASSES)
 
     def lost(self, gradient: Tensor, memory: Tensor) -> Tensor | None:
         """Return L, [m, n], by the length of what Q keeps."""
@@ -158,39 +175,76 @@ class GradientSubspace:
         carried = bool(r and self.carry) * sum(size.outputs) * n
         return r * n * size.dtype.itemsize + carried * _CARRIED.itemsize
 
-    def _along(self, size: Size) -> Cost:
+    def _along(self, size: Size) -> list[Cost]:
+        """Return what a step along the directions costs, one kind of kernels after another."""
         b, n, m, item = size.tokens, size.features, sum(size.outputs), size.dtype.itemsize
         r, p = self.directions(n, size.outputs), len(size.outputs)
-        store = Cost(2 * b * n * r, (b * n + b * r + r * n) * item, 1)
-        moved = (b * m + p * b * r + 2 * m * r + n * r + n * m) * item
-        made = store + Cost(2 * b * r * m + 2 * m * r * n, moved, p + (2 if p > 1 else 1))
+        costs = [
+            Cost(2 * b * n * r, (b * n + b * r + r * n) * item, 1),
+            Cost(2 * b * r * m, (b * m + p * b * r + m * r) * item, p),
+            Cost(2 * m * r * n, (m * r + n * r + n * m) * item, 1),
+        ]
         # Read for its length, then read, added to and written.
         restored = Cost(4 * n * m, n * m * (3 * item + _CARRIED.itemsize), 2 * p)
-        return made + restored if self.carry else made
+        return [*costs, restored] if self.carry else costs
+
+    def _find(self, size: Size) -> Cost:
+        """Return what finding Q costs beside factorisations, once in T steps."""
+        n, m, item = size.features, sum(size.outputs), size.dtype.itemsize
+        r = self.directions(n, size.outputs)
+        squared = (2 * _PASSES * _ITERATIONS + 2 * _LAST_PASSES) * 3 * n * r * r
+        products = 2 * (1 + 2 * _ITERATIONS) * m * n * r
+        # Gradients are copied together, scaled and copied below one another; what they are read
+        # for besides is their size, whether they are finite, and every product.
+        moved = (3 * 2 + 2 + 1 + 2 * _ITERATIONS) * m * n * item
+        return Cost(products + squared, moved, 0, squared)
 
     def cost(self, size: Size) -> Cost:
-        """Return the mean cost of a step: one of T in 8 bits, the others along the directions."""
+        """Return the mean cost of a step: one of T in 8 bits and a search, the others along Q."""
         whole = self._whole.cost(size)
         if not self.directions(size.features, size.outputs):
             return whole
-        along, t = self._along(size), self.every
+        one, t = whole + self._find(size), self.every
+        along = sum(self._along(size), Cost(0, 0, 0))
         return Cost(
-            (whole.flops + (t - 1) * along.flops) // t,
-            (whole.bytes + (t - 1) * along.bytes) // t,
-            round((whole.launches + (t - 1) * along.launches) / t),
-            whole.wide_flops // t,
+            (one.flops + (t - 1) * along.flops) // t,
+            (one.bytes + (t - 1) * along.bytes) // t,
+            round((one.launches + (t - 1) * along.launches) / t),
+            one.wide_flops // t,
         )
 
-    def predicted_seconds(self, size: Size, device: DeviceFigures) -> float:
-        """Return a model's time of a mean step of one site; finding Q is left out.
+    def along_seconds(self, size: Size, device: DeviceFigures) -> float:
+        """Return a model's time of one site in a step along the directions."""
+        peak = device.flops(size.dtype)
+        return sum(matmul_seconds(each, peak, device) for each in self._along(size))
 
-        Of r directions that is 12 m n r operations and three factorisations in T steps.
+    def together(self, size: Size) -> int:
+        """Return of how many sites that are alike Q is found at once."""
+        copied = sum(size.outputs) * size.features * size.dtype.itemsize
+        return max(1, min(size.alike, TOGETHER // copied))
+
+    def finding_seconds(self, size: Size, device: DeviceFigures) -> float:
+        """Return a model's time of finding Q of one site: its share of what is found together.
+
+        Outside of any graph: of operators that are launched one by one, and of factorisations,
+        which take as long as their steps wait for one another, whichever takes longer.
         """
+        p, together = len(size.outputs), self.together(size)
+        searches = _ITERATIONS + 1
+        launched = EAGER_SECONDS * (_OPERATORS * searches + _OPERATORS_AN_OUTPUT * p)
+        passes = _PASSES * _ITERATIONS + _LAST_PASSES
+        r = self.directions(size.features, size.outputs)
+        waits = passes * factorisation_seconds(r, together)
+        computed = predicted_seconds(self._find(size), device, size.dtype)
+        return max(launched / together, waits / together + computed)
+
+    def predicted_seconds(self, size: Size, device: DeviceFigures) -> float:
+        """Return a model's time of a mean step of one site, with finding Q once in T steps."""
         whole = self._whole.predicted_seconds(size, device)
         if not self.directions(size.features, size.outputs):
             return whole
-        along = predicted_seconds(self._along(size), device, size.dtype)
-        return (whole + (self.every - 1) * along) / self.every
+        one = whole + self.finding_seconds(size, device)
+        return (one + (self.every - 1) * self.along_seconds(size, device)) / self.every
 
     def describe(self, size: Size) -> str:
         """Return r and how often X itself is kept."""
@@ -207,9 +261,10 @@ def _length(of: Tensor) -> Tensor:
 
 
 def _of_unit_size(grad: Tensor) -> Tensor:
-    grad = grad.nan_to_num(0.0, 0.0, 0.0)
-    # In two steps: squares of what is very large or very small would leave float32.
-    for size in (torch.amax, torch.linalg.vector_norm):
-        scale = size(grad.abs())
-        grad = grad / torch.where(scale > 0, scale, 1.0)
-    return grad
+    """Return a matrix of length 1, or of nothing; what is not finite makes all of it so."""
+    narrow = torch.bfloat16 if grad.dtype.itemsize == 2 else torch.float32
+    # Squares of what is very large or very small would leave float32.
+    wide = torch.float32 if grad.device.type == "mps" else torch.float64
+    size = torch.linalg.vector_norm(grad, dim=(-2, -1), keepdim=True, dtype=wide)
+    scale = torch.where(size > 0, 1 / size, 0.0)
+    return grad.to(narrow) * scale.to(narrow)

@@ -30,6 +30,7 @@ _SORTED_MARGIN = 0.9
 LIMITS = {
     "sm_80": Device("cuda", 8, 108, 166912),
     "sm_90": Device("cuda", 9, 132, 232448),
+    "sm_100": Device("cuda", 10, 148, 232448),
     "gfx942": Device("hip", 0, 304, 65536),
 }
 """By Triton's architecture, as a device's figures name it."""
