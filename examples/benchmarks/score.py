@@ -13,7 +13,7 @@ runs of several lengths, each with a schedule of its own, say how many exact ste
     time to exact's score = (N / s) · (time of a step by exact's)
 
 Times of a step are paired: all arms take every batch in turn. Runs that --out holds are not made
-again. Learning rates are chosen for every arm alike, by its own losses.
+again. Every arm has the learning rate of its own lowest loss.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Arm(NamedTuple):
 
 def tuning(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Return AdamW over what is trained of a pretrained model."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = (p for p in model.parameters() if p.requires_grad)
     return torch.optim.AdamW(trained, rate, weight_decay=0.01)
 
 
@@ -108,8 +108,8 @@ _WIDTH, _LAYERS, _HEADS, _WINDOWS, _BYTES = 512, 2, 8, 8, 256
 
 
 def _llama() -> nn.Module:
-    inner = models.study_inner(_WIDTH)
-    return models.build(models.Shape("llama", _WIDTH, _LAYERS, _HEADS, inner, 256, _BYTES))
+    sizes = (_WIDTH, _LAYERS, _HEADS, models.study_inner(_WIDTH), 256, _BYTES)
+    return models.build(models.Shape("llama", *sizes))
 
 
 def _windows(seed: int) -> Iterator[Any]:
@@ -175,8 +175,7 @@ def train(task: Task, arm: Arm, seed: int, rate: float, base: str) -> nn.Module:
     """Return what an arm trains."""
     torch._dynamo.reset()
     model, call, _ = made(task, arm, seed, base)
-    update = task.optimizer(model, rate)
-    steps = round(arm.share * task.steps)
+    update, steps = task.optimizer(model, rate), round(arm.share * task.steps)
     data = task.batches(seed + 1000 * arm.order)
     for number in range(steps):
         for group in update.param_groups:
@@ -251,10 +250,7 @@ def steps_worth(loss: float, curve: Sequence[tuple[int, float]]) -> float:
 
 
 def step_ratio(mine: Sequence[float], exact: Sequence[float], turns: int) -> float:
-    """Return the time of a mean step by an exact one's.
-
-    The median of paired ratios, of every phase apart where steps differ by turns.
-    """
+    """Return the time of a mean step by an exact one's: medians of paired ratios, by phase."""
     ratios = paired_ratios(mine, exact)
     return statistics.fmean(statistics.median(ratios[phase::turns]) for phase in range(turns))
 
@@ -270,9 +266,9 @@ def best_rates(records: Sequence[Record]) -> dict[tuple[str, str], float]:
     By the mean of all seeds where any rate was run with all, by seed 0 before.
     """
     losses: dict[tuple[str, str], dict[float, dict[int, float]]] = {}
-    for each in records:
-        of = losses.setdefault((each["task"], each["arm"]), {}).setdefault(each["rate"], {})
-        of[each["seed"]] = each["loss"]
+    for r in records:
+        of = losses.setdefault((r["task"], r["arm"]), {}).setdefault(r["rate"], {})
+        of[r["seed"]] = r["loss"]
 
     def order(of: dict[int, float]) -> tuple[bool, float]:
         whole = len(of) >= SEEDS
@@ -288,7 +284,7 @@ def table(task: Task, records: Sequence[Record]) -> list[str]:
     chosen = chosen_runs(task, runs)
     head = ["arm", "learning rate", "held loss", "above exact, by seed"]
     head += ["reciprocal rank"] if task.name == "encoder" else []
-    head += ["a step", "saved + held MiB", "time to exact's score", "by seed"]
+    head += ["a step", "saved MiB", "time to exact's score", "by seed"]
     exact = chosen.get("exact")
     if exact is None:
         return tables.markdown(head, [])
@@ -298,7 +294,7 @@ def table(task: Task, records: Sequence[Record]) -> list[str]:
     }
     rows = []
     for name, arm in {**task.arms, **_TIMED_ONLY}.items():
-        ratio, saved = _clock(clocks[-1] if clocks else None, name, arm)
+        ratio, saved = _clock(clocks, name, arm)
         # Recomputing changes no loss.
         of = exact if name in _TIMED_ONLY else chosen.get(name)
         if of is None or (name in _TIMED_ONLY and ratio is None):
@@ -332,19 +328,20 @@ def _mean(figures: Iterable[float]) -> str:
     return f"{statistics.fmean(figures):.4f}"
 
 
-def _clock(clock: Record | None, name: str, arm: Arm) -> tuple[float | None, str | None]:
-    if clock is None or name not in clock["times_s"]:
+def _clock(clocks: Sequence[Record], name: str, arm: Arm) -> tuple[float | None, str | None]:
+    # Paired with the exact steps of its own record.
+    clock = next((each for each in reversed(clocks) if name in each["times_s"]), None)
+    if clock is None:
         return None, None
     mine, exact = clock["times_s"][name], clock["times_s"]["exact"]
-    saved, held = clock["saved_bytes"][name], clock.get("held_bytes", {}).get(name, 0)
-    shown = tables.mebibytes(saved) + (f" + {tables.mebibytes(held)}" if held else "")
+    counted = [clock["saved_bytes"][name], clock.get("held_bytes", {}).get(name, 0)]
+    shown = " + ".join(tables.mebibytes(each) for each in counted if each)
     return step_ratio(mine, exact, period_of(arm)), shown
 
 
 def wanted(task: Task, names: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
     """Yield the arms and seeds to run, those with seed 0 first, which choose learning rates."""
-    for seed in seeds:
-        yield from ((name, seed) for name in task.arms if not names or name in names)
+    return ((n, seed) for seed in seeds for n in task.arms if not names or n in names)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -391,12 +388,11 @@ def _run_all(task: Task, args: argparse.Namespace) -> None:
 
 
 def append(path: Path, record: Record) -> None:
+    """Write a record behind others, and print what is short of it."""
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")
-    print(
-        json.dumps({n: v for n, v in record.items() if n not in ("environment", "times_s")}),
-        flush=True,
-    )
+    shown = {n: v for n, v in record.items() if n not in ("environment", "times_s")}
+    print(json.dumps(shown), flush=True)
 
 
 if __name__ == "__main__":

@@ -143,15 +143,25 @@ def of_gradients(records: Sequence[Record], setting: str, name: str, figure: str
     return statistics.fmean(each[name][figure] for each in found if name in each)
 
 
+def _lengths(records: Sequence[Record]) -> list[int]:
+    """Return the numbers of steps of which there is an exact run for every seed and a control."""
+    return [
+        steps
+        for steps in STEPS
+        if len(gaps(records, task(steps).name, "exact")) == SEEDS
+        and not math.isnan(noise(records, task(steps).name))
+    ]
+
+
 def table(records: Sequence[Record]) -> list[str]:
     """Return the lines of a table, a row an arm; a gap within the noise is called none."""
-    head = ["arm"]
-    for steps in STEPS:
+    head, lengths = ["arm"], _lengths(records)
+    for steps in lengths:
         head += [f"error after {steps:,} steps", f"loss above exact after {steps:,}", "mean"]
     rows = []
     for name, arm in METHODS.items():
         row = [arm.label]
-        for steps in STEPS:
+        for steps in lengths:
             found = gaps(records, task(steps).name, name)
             if len(found) < SEEDS:
                 row += ["-", "-", "-"]
@@ -160,9 +170,10 @@ def table(records: Sequence[Record]) -> list[str]:
             row.append(f"{of_gradients(records, task(steps).name, name, 'error'):.3f}")
             row.append(", ".join(f"{gap:+.3f}" for gap in found))
             row.append(f"{mean:+.3f}" + (" (none)" if abs(mean) <= 2 * known else ""))
-        rows.append(row)
+        if set(row[1:]) != {"-"}:
+            rows.append(row)
     row = ["exact, other orders of the batches"]
-    for steps in STEPS:
+    for steps in lengths:
         found = [g for name in CONTROLS for g in gaps(records, task(steps).name, name)]
         shown = f"{min(found):+.3f} to {max(found):+.3f}" if found else "-"
         row += ["0", shown, f"± {noise(records, task(steps).name):.3f}"]
@@ -190,7 +201,7 @@ def by_rank(one: Sequence[float], other: Sequence[float]) -> float:
 def predictors(records: Sequence[Record], scores: Sequence[Record]) -> list[str]:
     """Return the lines of a table: how error and `lasting` order methods as their gaps do."""
     rows = []
-    known = {task(steps).name: _mean_gaps(records, task(steps).name) for steps in STEPS}
+    known = {task(n).name: _mean_gaps(records, task(n).name) for n in _lengths(records)}
     for setting, of in {**known, "encoder": encoder_gaps(scores)}.items():
         if len(of) > 2 and any(r["task"] == setting and "errors" in r for r in records):
             shown = [str(len(of))]
@@ -213,8 +224,10 @@ def draw(records: Sequence[Record], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    for axis, steps in zip(figure.subplots(1, len(STEPS), sharey=True), STEPS, strict=True):
+    lengths = _lengths(records)
+    figure = Figure(figsize=(4 + 4 * len(lengths), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for axis, steps in zip(panels, lengths, strict=True):
         setting = task(steps).name
         known = 2 * noise(records, setting)
         axis.axhspan(-known, known, color="0.88", label="two standard errors of exact runs")
@@ -256,7 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
         _run_all(args)
     records = tables.records(args.out)
     print("\n".join([*table(records), "", *predictors(records, tables.records(args.scores))]))
-    draw(records, args.out.with_suffix(".png"))
+    if _lengths(records):
+        draw(records, args.out.with_suffix(".png"))
 
 
 def _run_all(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ from examples.benchmarks import cli, compile_time, device_model, output, partiti
 from examples.benchmarks.decoding import published
 from examples.benchmarks.machine import CHECKOUT
 from examples.benchmarks.timing import Quartiles, paired_ratios, quartiles
-from examples.studies import fidelity, quality, scratch, study_estimators
+from examples.studies import errors, fidelity, quality, scratch, study_estimators
 from pamm_compile.devices import device_named
 from pamm_compile.methods.pamm.triton import plan
 from pamm_compile.methods.pamm.triton.model import limits_of
@@ -81,6 +81,10 @@ def _twins() -> list[str]:
 def _scores(task: str) -> list[str]:
     found = tables.records(RECORDS / "score.jsonl")
     return score.table(score.TASKS[task], found)
+
+
+def _errors() -> list[str]:
+    return errors.table(tables.records(RECORDS / "errors.jsonl"))
 
 
 def _first_screen() -> list[str]:
@@ -269,6 +273,7 @@ SHOWN_STEPS = tuple(
     )
 )
 TABLES: dict[str, Callable[[], list[str]]] = {
+    "errors": _errors,
     "score-encoder": functools.partial(_scores, "encoder"),
     "score-scratch": functools.partial(_scores, "scratch"),
     "first-screen": _first_screen,
