@@ -78,9 +78,14 @@ def _twins() -> list[str]:
     return tables.markdown(["at the same setting", "saved", "peak", "time (quartiles)"], rows)
 
 
-def _scores(task: str) -> list[str]:
+_TRIED = ("carried", "subspace-16")
+"""Arms of the yardstick that a first reader need not choose from."""
+
+
+def _scores(task: str, tried: bool) -> list[str]:
     found = tables.records(RECORDS / "score.jsonl")
-    return score.table(score.TASKS[task], found)
+    shown = [each for each in found if tried or each.get("arm") not in _TRIED]
+    return score.table(score.TASKS[task], shown)
 
 
 def _errors() -> list[str]:
@@ -274,8 +279,10 @@ SHOWN_STEPS = tuple(
 )
 TABLES: dict[str, Callable[[], list[str]]] = {
     "errors": _errors,
-    "score-encoder": functools.partial(_scores, "encoder"),
-    "score-scratch": functools.partial(_scores, "scratch"),
+    "score-encoder": functools.partial(_scores, "encoder", tried=False),
+    "score-scratch": functools.partial(_scores, "scratch", tried=False),
+    "score-encoder-tried": functools.partial(_scores, "encoder", tried=True),
+    "score-scratch-tried": functools.partial(_scores, "scratch", tried=True),
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
