@@ -82,7 +82,7 @@ _OURS = {
     "subspace": Arm("Subspace, rank 1/8", "linear=subspace"),
     "subspace-16": Arm("Subspace, rank 1/16", "linear=subspace:0.0625"),
     "eight": Arm("8 bits", "linear=quantized:8", goal="memory"),
-    "pamm": Arm("PAMM, k = 64, on Q, K, V", "qkv=pamm:1:min_generators=64"),
+    "pamm": Arm("PAMM, k = 64, on Q, K, V", "qkv=pamm:1000000:min_generators=64"),
 }
 LENGTHS = tuple(_EXACT)
 _TIMED_ONLY = {"budget": Arm("exact, budget 0.99", budget=0.99)}

@@ -55,7 +55,7 @@ METHODS = {
         ("subspace-8", "Subspace, 1/8, 8 bits", "linear=subspace:0.125:bits=8"),
         ("subspace-4", "Subspace, 1/4, 4 bits", "linear=subspace:0.25"),
         ("subspace-4-8", "Subspace, 1/4, 8 bits", "linear=subspace:0.25:bits=8"),
-        ("pamm", "PAMM, k = 64, on Q, K, V", "qkv=pamm:1:min_generators=64"),
+        ("pamm-64", "PAMM, k = 64, on Q, K, V", "qkv=pamm:1000000:min_generators=64"),
     )
 }
 ARMS = {"exact": Arm("exact"), **CONTROLS, **METHODS}
@@ -138,9 +138,10 @@ def noise(records: Sequence[Record], setting: str) -> float:
 
 
 def of_gradients(records: Sequence[Record], setting: str, name: str, figure: str) -> float:
-    """Return "error" or "lasting" of an arm's gradients after exact training."""
+    """Return "error" or "lasting" of an arm's gradients after exact training; NaN if unknown."""
     found = [r["errors"] for r in records if r["task"] == setting and "errors" in r]
-    return statistics.fmean(each[name][figure] for each in found if name in each)
+    figures = [each[name][figure] for each in found if name in each]
+    return statistics.fmean(figures) if figures else math.nan
 
 
 def _lengths(records: Sequence[Record]) -> list[int]:

@@ -155,6 +155,7 @@ def test_what_is_not_compressed_as_named_is_found() -> None:
     assert compressed.wrong(by_name("compile"), CASE, pamm_compile.Report()) == ""
 
 
+@pytest.mark.everything
 def test_a_part_fails_whose_arms_are_not_as_named(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = f"{compressed.WRONG}gradients, nothing"
     monkeypatch.setattr(compressed, "wrong", lambda arm, case, report: sentence)

@@ -8,6 +8,9 @@ import pytest
 
 from examples.benchmarks import score
 from examples.benchmarks.score import TASKS, Arm, Task
+from examples.studies import errors
+from pamm_compile import Pamm
+from pamm_compile.rules import parse_rules
 
 TASK = TASKS["scratch"]
 EXACT = {"exact": (120, 2.0), "exact-5/6": (100, 2.2), "exact-2/3": (80, 2.6)}
@@ -65,6 +68,15 @@ def test_time_to_a_score_is_steps_by_time_of_a_step() -> None:
 def test_an_arm_without_three_seeds_is_left_out() -> None:
     runs = [*exact_runs(), *(record("subspace", seed, 2.1) for seed in range(2))]
     assert list(rows(runs)) == [TASK.arms[name].label for name in EXACT]
+
+
+@pytest.mark.parametrize("arms", [TASK.arms["pamm"], errors.METHODS["pamm-64"]])
+def test_as_many_generators_are_kept_as_the_name_says(arms: Arm) -> None:
+    assert arms.rules is not None
+    method = parse_rules(arms.rules)[0].method
+    assert isinstance(method, Pamm)
+    assert "k = 64" in arms.label
+    assert {method.generators(tokens) for tokens in (1024, 2048, 16384)} == {64}
 
 
 def test_another_order_takes_other_batches(monkeypatch: pytest.MonkeyPatch) -> None:
