@@ -224,6 +224,7 @@ def draw(records: Sequence[Record], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     lengths = _lengths(records)
     figure = Figure(figsize=(4 + 4 * len(lengths), 4.6), layout="constrained")
@@ -240,6 +241,8 @@ def draw(records: Sequence[Record], path: Path) -> None:
                 axis.plot(where, statistics.fmean(found), "o", color=f"C{index}", label=arm.label)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(title=f"{steps:,} steps", xlabel="error of the weight gradients", xscale="log")
+        # Powers of ten alone: labels between them overlap.
+        axis.xaxis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_ylabel("held loss above exact, nats a byte")
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small"

@@ -181,14 +181,14 @@ def test_the_least_error_in_a_time_is_chosen_for_all_targets_together() -> None:
 
     few, many = (GradientSubspace(r) for r in (8, 64))
     methods = [few, many, Subspace(256, bits=None)]
-    chosen = recommend(model, x, time=0.85, methods=methods, draws=1, loss=loss)
+    chosen = recommend(model, x, time=0.9, methods=methods, draws=1, loss=loss)
     slow = recommend(model, x, time=0.999, methods=methods, draws=1, loss=loss)
     never = recommend(model, x, time=0.01, methods=methods, draws=1, loss=loss)
-    assert chosen.predicted_time <= 0.85
+    assert chosen.predicted_time <= 0.9
     assert list(chosen.rules.values()) == [many]
     assert never.predicted_time <= chosen.predicted_time <= slow.predicted_time < 1
     assert list(never.rules.values()) == [few]
-    assert "0.85 of a step's time" in chosen.text()
+    assert "0.9 of a step's time" in chosen.text()
     assert chosen.to_dict()["max_error"] is None
     assert chosen.renewed(model, x).rules == chosen.rules
 

@@ -20,6 +20,7 @@ from torch._inductor.compile_fx import compile_fx, record_original_output_stride
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
+from torch._inductor.ir import MultiOutputLayout
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -179,7 +180,11 @@ def _kernel(node: Any, graph: GraphLowering) -> Kernel:
     reads = {name: count for name, count in reads.items() if name not in writes}
     origins = {origin for each in node.get_nodes() for origin in each.node.origins}
     operators = tuple(str(origin.target) for origin in origins)
-    dtypes = {name: graph.get_dtype(name) for name in reads | writes}
+    # A call of several outputs stands for itself beside them, and has no dtype.
+    several = {
+        n for n, b in graph.name_to_buffer.items() if isinstance(b.layout, MultiOutputLayout)
+    }
+    dtypes = {name: graph.get_dtype(name) for name in (reads | writes).keys() - several}
     return Kernel(operators, node.is_extern(), reads, writes, dtypes)
 
 
