@@ -270,9 +270,10 @@ def with_memories(
     examples = [memory.example() for memory in found]
     wider = aot.with_further_inputs(gm, examples)
     pipeline = make_pipeline(options, names, passes, memories=len(inputs))
-    along = compile_graph(
-        wider, [*inputs, *examples], pipeline, base=options.base, settings=settings
-    )
+    with aot.beside_buckets():
+        along = compile_graph(
+            wider, [*inputs, *examples], pipeline, base=options.base, settings=settings
+        )
     return TwoGraphs(whole, along, found)
 
 

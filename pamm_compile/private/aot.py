@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sympy
@@ -165,6 +165,23 @@ def with_further_inputs(
             own[-1].meta["example_value"] = mode.from_tensor(example, static_shapes=True)
     copied.recompile()
     return copied
+
+
+@contextmanager
+def beside_buckets() -> Iterator[None]:
+    """Let DDPOptimizer take no notice of what is compiled.
+
+    Of each bucket it expects one graph, whose first call returns fake tensors.
+    """
+    context = torch._guards.TracingContext.try_get()
+    if context is None or context.ddp_optimizer_ctx is None:
+        yield
+        return
+    # A copy, since a backward pass is compiled later in the context of its forward pass.
+    own = copy.copy(context)
+    own.ddp_optimizer_ctx, own.fakify_first_call = None, False
+    with torch._guards.tracing(own):
+        yield
 
 
 def dynamo_frame() -> tuple[str, Mapping[str, object]] | None:
