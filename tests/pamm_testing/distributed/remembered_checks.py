@@ -53,7 +53,8 @@ def sharded() -> None:
         return lambda model, backend: shard(model, backend, mesh, **options)
 
     check(sharding(), _block_by_block)
-    check(sharding(whole=True), _alone)
+    # FSDP2's hooks break the graph, so that one rank alone has others.
+    check(sharding(whole=True), None)
     # In 16 bits, gradients of the other side are rounded at other places.
     check(sharding(policy=MIXED), None)
     check(sharding(policy=MIXED, reshard=False), None)
