@@ -101,7 +101,8 @@ def _made(
         alike = alike[: max(1, TOGETHER // sum(each.nbytes for each in first))]
         sites = [memories[n].gradients(arrived) for n in alike]
         stacked = [torch.stack(each) for each in zip(*sites, strict=True)]
-        found = memory.method.remember(stacked).to(memory.dtype)
+        # Generated code reads it with the strides of its example.
+        found = memory.method.remember(stacked).to(memory.dtype).contiguous()
         finite = torch.stack([each.isfinite().flatten(1).all(1) for each in stacked]).all(0)
         for index, n in enumerate(alike):
             new = Known(found[index], memories[n].lost(found[index], arrived))

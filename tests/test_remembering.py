@@ -328,7 +328,6 @@ def test_sizes_may_vary() -> None:
     assert len(used.report.graphs) == 1
 
 
-@pytest.mark.everything
 def test_generated_code_remembers() -> None:
     model = Block()
     compiled = torch.compile(model, backend=backend(base="inductor"))
