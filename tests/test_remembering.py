@@ -63,12 +63,12 @@ def error(found: Tensor, wanted: Tensor) -> float:
 
 
 def restored(dw: Tensor, before: Tensor) -> Tensor:
-    """The gradient that CARRYING makes of an exact one, and of the last whole one, in bfloat16."""
+    """The gradient that CARRYING makes of an exact one, and of the last whole one."""
     basis = CARRYING.remember([before])
     along = dw @ basis.T @ basis
     kept = before @ basis.T @ basis
-    lost: Tensor = 0.5 * (before - kept) * (along.norm() / kept.norm())
-    return along + lost
+    lost = (0.5 * (before - kept) / kept.norm()).bfloat16()
+    return along + lost.float() * along.norm()
 
 
 def weights(of: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def test_a_weight_that_two_sites_share_is_remembered_once() -> None:
     first = gradients(model, compiled, 0)
     found, exact = gradients(model, compiled, 1), gradients(model, model, 1)
     for name, dw in weights(found).items():
-        assert error(dw, restored(exact[name], first[name])) < 3e-3
+        assert error(dw, restored(exact[name], first[name])) < 1e-3
     assert len(memories(GraphReport(tuple(used.report.compressed)))) == 3
 
 
@@ -188,7 +188,7 @@ def test_what_the_directions_lose_is_added_from_the_last_whole_gradient(scale: f
         found = gradients(model, lambda x: compiled(x) * scale, step)
         exact = gradients(model, lambda x: model(x) * scale, step)
         for name, dw in weights(found).items():
-            assert error(dw, restored(exact[name], before[name])) < 3e-3, (step, name)
+            assert error(dw, restored(exact[name], before[name])) < 1e-3, (step, name)
         for name in found.keys() - weights(found).keys():
             assert torch.equal(found[name], exact[name]), (step, name)
 
@@ -203,7 +203,7 @@ def test_each_of_several_passes_before_a_step_is_restored() -> None:
         compiled(batch(number).requires_grad_()).square().sum().backward()
     wanted = restored(exact[0], before) + restored(exact[1], before)
     assert model.up.weight.grad is not None
-    assert error(model.up.weight.grad, wanted) < 3e-3
+    assert error(model.up.weight.grad, wanted) < 1e-3
 
 
 def test_gradients_that_others_make_are_left_alone() -> None:
@@ -225,7 +225,7 @@ def test_a_sum_over_two_graphs_is_restored_once() -> None:
     before = gradients(model, both, 0)
     found, exact = gradients(model, both, 1), gradients(model, model, 1)
     for name, dw in weights(found).items():
-        assert error(dw, restored(exact[name], before[name])) < 3e-3, name
+        assert error(dw, restored(exact[name], before[name])) < 1e-3, name
 
 
 class Scaled(nn.Module):
@@ -263,7 +263,7 @@ def test_a_transposed_square_weight_is_told_from_its_transpose() -> None:
     compiled = torch.compile(model, backend=backend(rules={"linear": CARRYING}))
     first = gradients(model, compiled, 0)
     found, exact = gradients(model, compiled, 1), gradients(model, model, 1)
-    assert error(found["weight"].T, restored(exact["weight"].T, first["weight"].T)) < 3e-3
+    assert error(found["weight"].T, restored(exact["weight"].T, first["weight"].T)) < 1e-3
 
 
 def test_passes_of_others_are_not_counted() -> None:

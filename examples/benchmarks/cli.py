@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import pamm_compile
+from examples.benchmarks import machine
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -45,6 +46,34 @@ def add_study_options(parser: argparse.ArgumentParser) -> None:
         "--sequence", type=positive, default=256, help="bytes a window (default: 256)"
     )
     group.add_argument("--threads", type=positive, help="CPU threads (default: torch's)")
+
+
+def parse_for_gpu(
+    parser: argparse.ArgumentParser,
+    arguments: list[str] | None,
+    *,
+    smoke: str,
+    repeats: int,
+    seconds: float,
+    json: Path,
+) -> argparse.Namespace:
+    """Add the options of what times kernels, and parse; a CPU gets toy sizes or an error.
+
+    Args:
+        parser: with options of its own.
+        arguments: None for the command line's.
+        smoke: what --smoke runs.
+        repeats, seconds, json: defaults.
+    """
+    parser.add_argument("--device", default=machine.default_device())
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+    parser.add_argument("--repeats", type=positive, default=repeats)
+    parser.add_argument("--budget", type=float, default=seconds, help="seconds after which to end")
+    parser.add_argument("--json", type=Path, default=json)
+    args = parser.parse_args(arguments)
+    if args.device == "cpu" and not args.smoke:
+        parser.error("these sizes are for a GPU; on a CPU add --smoke")
+    return args
 
 
 def prepare_study(args: argparse.Namespace) -> None:

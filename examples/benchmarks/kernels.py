@@ -349,16 +349,15 @@ def measure_all(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--device", default=machine.default_device())
-    parser.add_argument("--smoke", action="store_true", help="tiny cells, which a CPU can run")
     parser.add_argument("--tiles", action="store_true", help="time every tile size too")
-    parser.add_argument("--repeats", type=cli.positive, default=30)
-    parser.add_argument("--budget", type=float, default=450, help="seconds after which to skip")
-    parser.add_argument("--json", type=Path, default=Path("runs/kernels.json"))
-    args = parser.parse_args(arguments)
-    if args.device == "cpu" and not args.smoke:
-        parser.error("these sizes are for a GPU; on a CPU add --smoke")
-    return args
+    return cli.parse_for_gpu(
+        parser,
+        arguments,
+        smoke="tiny cells, which a CPU can run",
+        repeats=30,
+        seconds=450,
+        json=Path("runs/kernels.json"),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -206,15 +206,14 @@ def measure(
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--device", default=machine.default_device())
-    parser.add_argument("--smoke", action="store_true", help="one tiny site, which a CPU can run")
-    parser.add_argument("--repeats", type=cli.positive, default=20)
-    parser.add_argument("--budget", type=float, default=600, help="seconds after which to end")
-    parser.add_argument("--json", type=Path, default=Path("runs/method_times.json"))
-    args = parser.parse_args(arguments)
-    if args.device == "cpu" and not args.smoke:
-        parser.error("these sizes are for a GPU; on a CPU add --smoke")
-    return args
+    return cli.parse_for_gpu(
+        parser,
+        arguments,
+        smoke="one tiny site, which a CPU can run",
+        repeats=20,
+        seconds=600,
+        json=Path("runs/method_times.json"),
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
