@@ -174,7 +174,7 @@ def beside_buckets() -> Iterator[None]:
     Of each bucket it expects one graph, whose first call returns fake tensors.
     """
     context = torch._guards.TracingContext.try_get()
-    if context is None or context.ddp_optimizer_ctx is None:
+    if context is None or not context.fakify_first_call:
         yield
         return
     # A copy, since a backward pass is compiled later in the context of its forward pass.
