@@ -25,10 +25,10 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,52 +40,18 @@ if not __package__:
 import pamm_compile
 from examples import encoder
 from examples.benchmarks import cli, corpus, machine, models, tables, training
+from examples.benchmarks.score_arms import EXACT, LENGTHS, OURS, TIMED_ONLY, Arm
 from examples.benchmarks.timing import in_turn, paired_ratios, seconds
-from pamm_compile.options import Goal
 from pamm_compile.remembering import period
 
 Record = dict[str, Any]
 SEEDS = 3
 
 
-class Arm(NamedTuple):
-    """What trains, and how."""
-
-    label: str
-    rules: str | None = None
-    """None trains with exact gradients."""
-    lora: int = 0
-    """Rank of adapters; 0 trains all weights."""
-    share: float = 1.0
-    """Of the setting's steps that are taken."""
-    budget: float = 1.0
-    """Of the activation memory that torch.compile may keep."""
-    goal: Goal = "speed"
-    order: int = 0
-    """Another one takes the batches of a seed in another order."""
-
-
 def tuning(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Return AdamW over what is trained of a pretrained model."""
     trained = (p for p in model.parameters() if p.requires_grad)
     return torch.optim.AdamW(trained, rate, weight_decay=0.01)
-
-
-_EXACT = {
-    "exact": Arm("exact"),
-    "exact-5/6": Arm("exact, 5/6 of the steps", share=5 / 6),
-    "exact-2/3": Arm("exact, 2/3 of the steps", share=2 / 3),
-}
-_OURS = {
-    "gradients": Arm("gradient subspace, rank 1/8", "linear=gradients"),
-    "carried": Arm("the same, T = 5, half carried", "linear=gradients:every=5:carry=0.5"),
-    "subspace": Arm("Subspace, rank 1/8", "linear=subspace"),
-    "subspace-16": Arm("Subspace, rank 1/16", "linear=subspace:0.0625"),
-    "eight": Arm("8 bits", "linear=quantized:8", goal="memory"),
-    "pamm": Arm("PAMM, k = 64, on Q, K, V", "qkv=pamm:1000000:min_generators=64"),
-}
-LENGTHS = tuple(_EXACT)
-_TIMED_ONLY = {"budget": Arm("exact, budget 0.99", budget=0.99)}
 
 
 @dataclass(frozen=True)
@@ -126,7 +92,7 @@ TASKS = {
         "encoder",
         48,
         (2.5e-5, 5e-5, 1e-4),
-        {**_EXACT, **_OURS, "lora": Arm("LoRA, r = 16, all linear layers", lora=16)},
+        {**EXACT, **OURS, "lora": Arm("LoRA, r = 16, all linear layers", lora=16)},
         encoder.model,
         encoder.batches,
         lambda call, batch: call(*batch),
@@ -137,7 +103,7 @@ TASKS = {
         "scratch",
         120,
         (5e-4, 1e-3, 2e-3),
-        {**_EXACT, **_OURS},
+        {**EXACT, **OURS},
         _llama,
         _windows,
         lambda call, batch: call(**batch).loss,
@@ -175,12 +141,14 @@ def train(task: Task, arm: Arm, seed: int, rate: float, base: str) -> nn.Module:
     """Return what an arm trains."""
     torch._dynamo.reset()
     model, call, _ = made(task, arm, seed, base)
+    exact = torch.compile(model, backend=base)
     update, steps = task.optimizer(model, rate), round(arm.share * task.steps)
     data = task.batches(seed + 1000 * arm.order)
     for number in range(steps):
         for group in update.param_groups:
             group["lr"] = training.learning_rate(number, steps, rate) * group.get("scale", 1.0)
-        step(task, model, call, next(data), update)
+        is_end = min(number, steps - 1 - number) < arm.ends * steps
+        step(task, model, exact if is_end else call, next(data), update)
     return model
 
 
@@ -205,7 +173,7 @@ def times(task: Task, names: Sequence[str], rounds: int, base: str) -> Record:
     """Return the times of a step of several arms, which take the same batches in turn."""
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64
-    arms = {**task.arms, **_TIMED_ONLY}
+    arms = {**task.arms, **TIMED_ONLY}
     calls, saved, held = {}, {}, {}
     data = task.batches(0)
     batch = next(data)
@@ -277,36 +245,43 @@ def best_rates(records: Sequence[Record]) -> dict[tuple[str, str], float]:
     return {key: min(rates, key=lambda r: order(rates[r])) for key, rates in losses.items()}
 
 
-def table(task: Task, records: Sequence[Record]) -> list[str]:
-    """Return the lines of a setting's table; arms that lack a seed or a time say so by a dash."""
+def table(task: Task, records: Sequence[Record], least: int = SEEDS) -> list[str]:
+    """Return the lines of a setting's table.
+
+    Args:
+        task: the setting, with the arms to show.
+        records: of runs and of times; what was not timed has a dash.
+        least: seeds that an arm must have to be shown; exact training needs all.
+    """
     runs = [each for each in records if "loss" in each and each["task"] == task.name]
     clocks = [each for each in records if "times_s" in each and each["task"] == task.name]
-    chosen = chosen_runs(task, runs)
+    chosen = chosen_runs(task, runs, least)
     head = ["arm", "learning rate", "held loss", "above exact, by seed"]
     head += ["reciprocal rank"] if task.name == "encoder" else []
     head += ["a step", "saved MiB", "time to exact's score", "by seed"]
-    exact = chosen.get("exact")
-    if exact is None:
+    exact = chosen.get("exact", {})
+    if len(exact) < SEEDS:
         return tables.markdown(head, [])
+    lengths = [chosen[name] for name in LENGTHS if len(chosen.get(name, ())) == SEEDS]
     curves = {
-        seed: [(chosen[n][seed]["steps"], chosen[n][seed]["loss"]) for n in LENGTHS if n in chosen]
-        for seed in range(SEEDS)
+        seed: [(of[seed]["steps"], of[seed]["loss"]) for of in lengths] for seed in range(SEEDS)
     }
     rows = []
-    for name, arm in {**task.arms, **_TIMED_ONLY}.items():
+    for name, arm in {**task.arms, **TIMED_ONLY}.items():
         ratio, saved = _clock(clocks, name, arm)
         # Recomputing changes no loss.
-        of = exact if name in _TIMED_ONLY else chosen.get(name)
-        if of is None or (name in _TIMED_ONLY and ratio is None):
+        of = exact if name in TIMED_ONLY else chosen.get(name)
+        if of is None or (name in TIMED_ONLY and ratio is None):
             continue
-        more = [of[s]["steps"] / steps_worth(of[s]["loss"], curves[s]) for s in range(SEEDS)]
+        seeds = sorted(of)
+        more = [of[s]["steps"] / steps_worth(of[s]["loss"], curves[s]) for s in seeds]
         is_length = name in LENGTHS[1:]
         taken = [] if ratio is None or is_length else [m * ratio for m in more]
-        gaps = [of[s]["loss"] - exact[s]["loss"] for s in range(SEEDS)]
-        row = [arm.label, f"{of[0]['rate']:g}", _mean(of[s]["loss"] for s in range(SEEDS))]
+        gaps = [of[s]["loss"] - exact[s]["loss"] for s in seeds]
+        row = [arm.label, f"{of[seeds[0]]['rate']:g}", _mean(of[s]["loss"] for s in seeds)]
         row.append("-" if of is exact else ", ".join(f"{gap:+.3f}" for gap in gaps))
         if task.name == "encoder":
-            row.append(_mean(of[s]["reciprocal rank"] for s in range(SEEDS)))
+            row.append(_mean(of[s]["reciprocal rank"] for s in seeds))
         row += ["-" if ratio is None or is_length else f"{ratio:.2f}", saved or "-"]
         row.append(f"{statistics.fmean(taken):.2f}" if taken else "-")
         row.append(", ".join(f"{each:.2f}" for each in taken) or "-")
@@ -314,14 +289,16 @@ def table(task: Task, records: Sequence[Record]) -> list[str]:
     return tables.markdown(head, rows)
 
 
-def chosen_runs(task: Task, runs: Sequence[Record]) -> dict[str, dict[int, Record]]:
-    """Return the runs at the best learning rates, by arm and seed, where there are all seeds."""
+def chosen_runs(
+    task: Task, runs: Sequence[Record], least: int = SEEDS
+) -> dict[str, dict[int, Record]]:
+    """Return the runs at the best learning rates, by arm and seed, where there are so many."""
     rates, found = best_rates(runs), {}
     for each in runs:
         arm = "exact" if each["arm"] in LENGTHS else each["arm"]
         if each["rate"] == rates.get((task.name, arm)):
             found.setdefault(each["arm"], {})[each["seed"]] = each
-    return {name: of for name, of in found.items() if len(of) >= SEEDS}
+    return {name: of for name, of in found.items() if len(of) >= least}
 
 
 def _mean(figures: Iterable[float]) -> str:
@@ -344,9 +321,12 @@ def wanted(task: Task, names: Sequence[str], seeds: Sequence[int]) -> Iterator[t
     return ((n, seed) for seed in seeds for n in task.arms if not names or n in names)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = cli.parser(__doc__)
-    parser.add_argument("--task", choices=tuple(TASKS), nargs="+", default=list(TASKS))
+def main(
+    arguments: list[str] | None = None, tasks: Mapping[str, Task] = TASKS, doc: str | None = __doc__
+) -> None:
+    """Run the arms of some settings, or show their tables."""
+    parser = cli.parser(doc)
+    parser.add_argument("--task", choices=tuple(tasks), nargs="+", default=list(tasks))
     parser.add_argument("--arm", nargs="+", default=[], help="default: all")
     parser.add_argument("--seed", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument(
@@ -355,6 +335,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--times", action="store_true", help="measure the time of steps instead")
     parser.add_argument("--rounds", type=cli.positive, default=30)
     parser.add_argument("--table", action="store_true", help="print the tables of what there is")
+    parser.add_argument("--least", type=cli.positive, default=SEEDS, help="seeds that --table asks")
     parser.add_argument("--threads", type=cli.positive, help="CPU threads (default: torch's)")
     parser.add_argument("--base", choices=("inductor", "aot_eager"), default="inductor")
     parser.add_argument("--out", type=Path, default=Path("runs/score.jsonl"))
@@ -363,14 +344,15 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in args.task:
-        task = TASKS[name]
+        task = tasks[name]
         if args.times:
-            names = args.arm or [*(n for n in task.arms if n not in LENGTHS[1:]), *_TIMED_ONLY]
+            names = args.arm or [*(n for n in task.arms if n not in LENGTHS[1:]), *TIMED_ONLY]
             append(args.out, times(task, names, args.rounds, args.base))
         elif not args.table:
             _run_all(task, args)
         if args.table:
-            print("\n".join(table(task, tables.records(args.out))), flush=True)
+            found = table(task, tables.records(args.out), args.least)
+            print("\n".join(found), flush=True)
 
 
 def _run_all(task: Task, args: argparse.Namespace) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 from examples.benchmarks import score
 from examples.benchmarks.score import TASKS, Arm, Task
-from examples.studies import errors
+from examples.studies import errors, tried
 from pamm_compile import Pamm
-from pamm_compile.rules import parse_rules
+from pamm_compile.rules import make_rules, parse_rules
 
 TASK = TASKS["scratch"]
 EXACT = {"exact": (120, 2.0), "exact-5/6": (100, 2.2), "exact-2/3": (80, 2.6)}
@@ -90,3 +91,41 @@ def test_another_order_takes_other_batches(monkeypatch: pytest.MonkeyPatch) -> N
     for order in (0, 2):
         score.train(setting, Arm("exact", order=order), 1, 1e-3, "eager")
     assert seen == [1, 2001]
+
+
+def test_fewer_seeds_are_shown_where_they_are_asked_for() -> None:
+    runs = [*exact_runs(), record("subspace", 1, 2.1)]
+    assert score.table(TASK, runs, least=1)[-1].startswith(
+        "| Subspace, rank 1/8 | 0.001 | 2.1000 |"
+    )
+
+
+def test_the_ends_of_a_run_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(score, "step", lambda _task, _model, call, *_: seen.append(call))
+    setting = Task(**{**vars(TASK), "steps": 10})
+    score.train(setting, Arm("half", ends=0.2), 0, 1e-3, "eager")
+    exact, own = seen[0], seen[4]
+    assert exact is not own
+    assert [call is exact for call in seen] == [True, True, *[False] * 6, True, True]
+
+
+@pytest.mark.parametrize("method", [tried.RandomSubspace(), tried.SomeFeatures()])
+def test_directions_by_chance_are_orthonormal_and_others_every_time(
+    method: tried.RandomSubspace,
+) -> None:
+    gradients = [torch.ones(3, 24, 64), torch.ones(3, 40, 64)]
+    one, other = method.remember(gradients), method.remember(gradients)
+    assert one.shape == (3, 8, 64)
+    torch.testing.assert_close(one @ one.mT, torch.eye(8).expand(3, 8, 8))
+    assert not torch.equal(one, other)
+    is_identity = isinstance(method, tried.SomeFeatures)
+    assert ((one == 0) | (one == 1)).all().item() is is_identity
+
+
+@pytest.mark.parametrize("task", tried.TASKS.values(), ids=tried.TASKS)
+def test_the_rules_of_every_arm_are_allowed_and_no_two_alike(task: Task) -> None:
+    rules = [make_rules(arm.rules) for arm in task.arms.values() if arm.rules is not None]
+    known = {tuple(rule.fingerprint for rule in each) for each in rules}
+    # "ends" has those of "gradients".
+    assert len(known) == len(rules) - 1

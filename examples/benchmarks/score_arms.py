@@ -1,0 +1,48 @@
+"""What trains in `score.py`, beside what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from pamm_compile.methods.base import Method
+from pamm_compile.options import Goal
+from pamm_compile.rules import Target
+
+RulesGiven = str | Mapping[Target, Method | None] | None
+
+
+class Arm(NamedTuple):
+    """What trains, and how."""
+
+    label: str
+    rules: RulesGiven = None
+    """None trains with exact gradients."""
+    lora: int = 0
+    """Rank of adapters; 0 trains all weights."""
+    share: float = 1.0
+    """Of the setting's steps that are taken."""
+    budget: float = 1.0
+    """Of the activation memory that torch.compile may keep."""
+    goal: Goal = "speed"
+    order: int = 0
+    """Another one takes the batches of a seed in another order."""
+    ends: float = 0.0
+    """Share of the steps, first ones and as many last ones, that are exact."""
+
+
+EXACT = {
+    "exact": Arm("exact"),
+    "exact-5/6": Arm("exact, 5/6 of the steps", share=5 / 6),
+    "exact-2/3": Arm("exact, 2/3 of the steps", share=2 / 3),
+}
+OURS = {
+    "gradients": Arm("gradient subspace, rank 1/8", "linear=gradients"),
+    "carried": Arm("the same, T = 5, half carried", "linear=gradients:every=5:carry=0.5"),
+    "subspace": Arm("Subspace, rank 1/8", "linear=subspace"),
+    "subspace-16": Arm("Subspace, rank 1/16", "linear=subspace:0.0625"),
+    "eight": Arm("8 bits", "linear=quantized:8", goal="memory"),
+    "pamm": Arm("PAMM, k = 64, on Q, K, V", "qkv=pamm:1000000:min_generators=64"),
+}
+LENGTHS = tuple(EXACT)
+TIMED_ONLY = {"budget": Arm("exact, budget 0.99", budget=0.99)}
