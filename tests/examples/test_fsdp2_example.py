@@ -19,8 +19,8 @@ TINY = (
 @pytest.mark.parametrize(
     "options",
     [
-        # Code is generated for one of the two, the smaller.
-        (),
+        ("--base", "aot_eager"),
+        pytest.param((), marks=pytest.mark.everything),
         pytest.param(
             (
                 "--mixed-precision",
@@ -34,7 +34,7 @@ TINY = (
             marks=pytest.mark.everything,
         ),
     ],
-    ids=["fsdp2", "sequence parallel"],
+    ids=["fsdp2", "generated code", "sequence parallel"],
 )
 def test_fsdp2(options: tuple[str, ...], tmp_path: Path) -> None:
     printed = run(

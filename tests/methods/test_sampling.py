@@ -108,14 +108,8 @@ def test_compiled_numbers_of_generators_are_the_eager_ones_for_any_ratio() -> No
 REPEATED = pytest.mark.everything
 
 
-@pytest.mark.parametrize(
-    "ratio",
-    [
-        pytest.param(10 / 3, marks=REPEATED),
-        4096 / 96,
-        pytest.param(sys.float_info.max, marks=REPEATED),
-    ],
-)
+@REPEATED
+@pytest.mark.parametrize("ratio", [10 / 3, 4096 / 96, sys.float_info.max])
 def test_compiled_rows_of_a_long_decimal_are_the_eager_ones(ratio: float) -> None:
     exact = Fraction(repr(ratio))
 
