@@ -37,6 +37,7 @@ from examples import encoder
 from examples.benchmarks import cli, corpus, machine, models, score, tables, training
 from examples.benchmarks.machine import CHECKOUT
 from examples.benchmarks.score import SEEDS, Arm, Record, Task
+from examples.studies import tried
 
 STEPS = (300, 1000)
 RATE = 2e-3
@@ -59,8 +60,9 @@ METHODS = {
     )
 }
 ARMS = {"exact": Arm("exact"), **CONTROLS, **METHODS}
-ENCODER_ARMS = {n: arm for n, arm in score.TASKS["encoder"].arms.items() if arm.rules is not None}
-"""Of which score.py has the losses."""
+ENCODER = tried.TASKS["encoder"]
+ENCODER_ARMS = {n: arm for n, arm in ENCODER.arms.items() if arm.rules and not arm.ends}
+"""Of which `score.py` and `tried.py` have the losses."""
 
 
 def _llama() -> nn.Module:
@@ -182,12 +184,11 @@ def table(records: Sequence[Record]) -> list[str]:
 
 
 def encoder_gaps(scores: Sequence[Record]) -> dict[str, float]:
-    """Return mean held loss above exact's by arm of the encoder, by the records of score.py."""
-    setting = score.TASKS["encoder"]
-    runs = [r for r in scores if "loss" in r and r["task"] == setting.name]
-    of = score.chosen_runs(setting, runs)
+    """Return mean held loss above exact's by arm of the encoder, over the seeds that there are."""
+    runs = [r for r in scores if "loss" in r and r["task"] == ENCODER.name]
+    of = score.chosen_runs(ENCODER, runs, least=1)
     return {
-        name: statistics.fmean(of[name][s]["loss"] - of["exact"][s]["loss"] for s in range(SEEDS))
+        name: statistics.fmean(run["loss"] - of["exact"][s]["loss"] for s, run in of[name].items())
         for name in ENCODER_ARMS
         if name in of and "exact" in of
     }
@@ -204,11 +205,12 @@ def predictors(records: Sequence[Record], scores: Sequence[Record]) -> list[str]
     rows = []
     known = {task(n).name: _mean_gaps(records, task(n).name) for n in _lengths(records)}
     for setting, of in {**known, "encoder": encoder_gaps(scores)}.items():
-        if len(of) > 2 and any(r["task"] == setting and "errors" in r for r in records):
-            shown = [str(len(of))]
+        names = [n for n in of if not math.isnan(of_gradients(records, setting, n, "error"))]
+        if len(names) > 2:
+            shown = [str(len(names))]
             for figure in ("error", "lasting"):
-                found = [of_gradients(records, setting, name, figure) for name in of]
-                shown.append(f"{by_rank(found, list(of.values())):+.2f}")
+                found = [of_gradients(records, setting, name, figure) for name in names]
+                shown.append(f"{by_rank(found, [of[name] for name in names]):+.2f}")
             rows.append([setting, *shown])
     return tables.markdown(["setting", "methods", "by error", "by `lasting`"], rows)
 

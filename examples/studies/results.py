@@ -35,10 +35,11 @@ from examples.benchmarks import cli, compile_time, device_model, output, partiti
 from examples.benchmarks.decoding import published
 from examples.benchmarks.machine import CHECKOUT
 from examples.benchmarks.timing import Quartiles, paired_ratios, quartiles
-from examples.studies import errors, fidelity, quality, scratch, study_estimators
+from examples.studies import errors, fidelity, quality, scratch, study_estimators, tried
 from pamm_compile.devices import device_named
 from pamm_compile.methods.pamm.triton import plan
 from pamm_compile.methods.pamm.triton.model import limits_of
+from pamm_compile.trials import result
 
 RECORDS = CHECKOUT / "docs" / "benchmarks"
 _BLOCK = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n)(?P<old>.*?)(<!-- end -->)", re.S)
@@ -82,14 +83,24 @@ _TRIED = ("carried", "subspace-16")
 """Arms of the yardstick that a first reader need not choose from."""
 
 
-def _scores(task: str, tried: bool) -> list[str]:
+def _scores(task: str, with_tried: bool) -> list[str]:
     found = tables.records(RECORDS / "score.jsonl")
-    shown = [each for each in found if tried or each.get("arm") not in _TRIED]
-    return score.table(score.TASKS[task], shown)
+    shown = [each for each in found if with_tried or each.get("arm") not in _TRIED]
+    tasks = tried.TASKS if with_tried else score.TASKS
+    return score.table(tasks[task], shown, 1 if with_tried else score.SEEDS)
+
+
+def _trial(name: str) -> list[str]:
+    return result.shown(_record(f"trial-{name}.json")).splitlines()
 
 
 def _errors() -> list[str]:
     return errors.table(tables.records(RECORDS / "errors.jsonl"))
+
+
+def _predictors() -> list[str]:
+    known = tables.records(RECORDS / "errors.jsonl")
+    return errors.predictors(known, tables.records(RECORDS / "score.jsonl"))
 
 
 def _first_screen() -> list[str]:
@@ -279,10 +290,13 @@ SHOWN_STEPS = tuple(
 )
 TABLES: dict[str, Callable[[], list[str]]] = {
     "errors": _errors,
-    "score-encoder": functools.partial(_scores, "encoder", tried=False),
-    "score-scratch": functools.partial(_scores, "scratch", tried=False),
-    "score-encoder-tried": functools.partial(_scores, "encoder", tried=True),
-    "score-scratch-tried": functools.partial(_scores, "scratch", tried=True),
+    "errors-predict": _predictors,
+    "trial-encoder": functools.partial(_trial, "encoder"),
+    "trial-small": functools.partial(_trial, "small"),
+    "score-encoder": functools.partial(_scores, "encoder", with_tried=False),
+    "score-scratch": functools.partial(_scores, "scratch", with_tried=False),
+    "score-encoder-tried": functools.partial(_scores, "encoder", with_tried=True),
+    "score-scratch-tried": functools.partial(_scores, "scratch", with_tried=True),
     "first-screen": _first_screen,
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
