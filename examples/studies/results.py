@@ -90,6 +90,10 @@ def _scores(task: str, with_tried: bool) -> list[str]:
     return score.table(tasks[task], shown, 1 if with_tried else score.SEEDS)
 
 
+def _compilations(name: str) -> list[str]:
+    return tables.markdown(compile_time.MODEL_HEAD, compile_time.model_rows(_record(name)))
+
+
 def _trial(name: str) -> list[str]:
     return result.shown(_record(f"trial-{name}.json")).splitlines()
 
@@ -291,8 +295,7 @@ SHOWN_STEPS = tuple(
 TABLES: dict[str, Callable[[], list[str]]] = {
     "errors": _errors,
     "errors-predict": _predictors,
-    "trial-encoder": functools.partial(_trial, "encoder"),
-    "trial-small": functools.partial(_trial, "small"),
+    **{f"trial-{name}": functools.partial(_trial, name) for name in ("encoder", "small")},
     "score-encoder": functools.partial(_scores, "encoder", with_tried=False),
     "score-scratch": functools.partial(_scores, "scratch", with_tried=False),
     "score-encoder-tried": functools.partial(_scores, "encoder", with_tried=True),
@@ -302,9 +305,8 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
     "steps-whole-shown": lambda: _only(_whole("whole-350m", "whole-60m"), SHOWN_STEPS),
     "steps-bf16": lambda: _whole("whole-60m-bf16"),
-    "compile-models": lambda: tables.markdown(
-        compile_time.MODEL_HEAD, compile_time.model_rows(_record("compile_time.json"))
-    ),
+    "compile-models": lambda: _compilations("compile_time.json"),
+    "compile-methods": lambda: _compilations("compile_methods.json"),
     "compile-layers": lambda: tables.markdown(
         compile_time.LAYER_HEAD, compile_time.layer_rows(_record("compile_time.json"))
     ),
