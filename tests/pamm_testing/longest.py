@@ -88,7 +88,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
     """Read a run and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("junit", type=Path)
-    parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(None if arguments is None else list(arguments))
     tests, seconds = read(options.junit)
