@@ -102,11 +102,6 @@ def _errors() -> list[str]:
     return errors.table(tables.records(RECORDS / "errors.jsonl"))
 
 
-def _predictors() -> list[str]:
-    known = tables.records(RECORDS / "errors.jsonl")
-    return errors.predictors(known, tables.records(RECORDS / "score.jsonl"))
-
-
 def _first_screen() -> list[str]:
     arms = _record("whole-350m/benchmark.json")["models"]["llama-350m"]["arms"]
     rows = [
@@ -294,7 +289,6 @@ SHOWN_STEPS = tuple(
 )
 TABLES: dict[str, Callable[[], list[str]]] = {
     "errors": _errors,
-    "errors-predict": _predictors,
     **{f"trial-{name}": functools.partial(_trial, name) for name in ("encoder", "small")},
     "score-encoder": functools.partial(_scores, "encoder", with_tried=False),
     "score-scratch": functools.partial(_scores, "scratch", with_tried=False),
