@@ -1,6 +1,6 @@
 """A torch.compile backend that makes weight gradients of linear layers from less than their inputs.
 
-Training takes less time and less activation memory; the forward pass and all other gradients stay
+Steps take less time and less activation memory; the forward pass and all other gradients stay
 exact.
 """
 

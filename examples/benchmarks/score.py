@@ -278,8 +278,11 @@ def table(task: Task, records: Sequence[Record], least: int = SEEDS) -> list[str
         is_length = name in LENGTHS[1:]
         taken = [] if ratio is None or is_length else [m * ratio for m in more]
         gaps = [of[s]["loss"] - exact[s]["loss"] for s in seeds]
+        shown = [f"{gap:+.3f}" for gap in gaps]
+        if len(seeds) < SEEDS:
+            shown = [f"{gap} (seed {seed})" for gap, seed in zip(shown, seeds, strict=True)]
         row = [arm.label, f"{of[seeds[0]]['rate']:g}", _mean(of[s]["loss"] for s in seeds)]
-        row.append("-" if of is exact else ", ".join(f"{gap:+.3f}" for gap in gaps))
+        row.append("-" if of is exact else ", ".join(shown))
         if task.name == "encoder":
             row.append(_mean(of[s]["reciprocal rank"] for s in seeds))
         row += ["-" if ratio is None or is_length else f"{ratio:.2f}", saved or "-"]

@@ -83,8 +83,9 @@ _TRIED = ("carried", "subspace-16")
 """Arms of the yardstick that a first reader need not choose from."""
 
 
-def _scores(task: str, with_tried: bool) -> list[str]:
+def _scores(task: str, with_tried: bool, timed_on: str = "") -> list[str]:
     found = tables.records(RECORDS / "score.jsonl")
+    found = [r for r in found if "loss" in r or timed_on in r["environment"]["machine"]]
     shown = [each for each in found if with_tried or each.get("arm") not in _TRIED]
     tasks = tried.TASKS if with_tried else score.TASKS
     return score.table(tasks[task], shown, 1 if with_tried else score.SEEDS)
@@ -291,6 +292,9 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "errors": _errors,
     **{f"trial-{name}": functools.partial(_trial, name) for name in ("encoder", "small")},
     "score-encoder": functools.partial(_scores, "encoder", with_tried=False),
+    "score-encoder-epyc": functools.partial(
+        _scores, "encoder", with_tried=False, timed_on="AMD EPYC"
+    ),
     "score-scratch": functools.partial(_scores, "scratch", with_tried=False),
     "score-encoder-tried": functools.partial(_scores, "encoder", with_tried=True),
     "score-scratch-tried": functools.partial(_scores, "scratch", with_tried=True),

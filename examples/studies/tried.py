@@ -36,7 +36,7 @@ class RandomSubspace(GradientSubspace):
     @property
     def fingerprint(self) -> str:
         """Everything that changes what is traced."""
-        return f"random {super().fingerprint}"
+        return f"{type(self).__name__} {super().fingerprint}"
 
     def remember(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return Q, orthonormal rows at random."""
@@ -52,11 +52,6 @@ class RandomSubspace(GradientSubspace):
 @dataclass(frozen=True)
 class SomeFeatures(RandomSubspace):
     """Makes the gradients of some columns of a weight, drawn anew at every nearly exact one."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Everything that changes what is traced."""
-        return f"features {super().fingerprint}"
 
     def remember(self, gradients: Sequence[Tensor]) -> Tensor:
         """Return Q, rows of the identity."""

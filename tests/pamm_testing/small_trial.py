@@ -1,4 +1,4 @@
-"""A byte-level LLaMA for `pamm-compile trial`; the record of docs/benchmarks is made so.
+r"""A byte-level LLaMA for `pamm-compile trial`; the record of docs/benchmarks is made so.
 
     PYTHONPATH=tests pamm-compile trial pamm_testing.small_trial:make --steps 100 --lr 0.002 \
         --out docs/benchmarks/trial-small

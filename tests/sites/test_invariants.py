@@ -17,8 +17,8 @@ DIFFERENT = ("llama", "gemma2", "deepseek_v3", "gpt2", "bert", "t5", "vit")
 """The rest of the zoo is much like one of these, in what a partition saves and autocast casts."""
 
 
-def _like_others(case: Case) -> list[pytest.MarkDecorator]:
-    return [] if case.name in DIFFERENT or case in FORMS else [pytest.mark.everything]
+def _like_others(case: Case, different: tuple[str, ...] = DIFFERENT) -> list[pytest.MarkDecorator]:
+    return [] if case.name in different or case in FORMS else [pytest.mark.everything]
 
 
 ALL = [*TRANSFORMERS, *FORMS]
@@ -81,14 +81,7 @@ def test_only_matched_weight_gradients_change(case: Case, autocast: bool) -> Non
 
 @pytest.mark.parametrize(
     "case",
-    [
-        pytest.param(
-            case,
-            id=case.name,
-            marks=[] if case.name in SAVING or case in FORMS else [pytest.mark.everything],
-        )
-        for case in ALL
-    ],
+    [pytest.param(case, id=case.name, marks=_like_others(case, SAVING)) for case in ALL],
 )
 def test_saves_the_compressed_form_and_not_the_input(case: Case) -> None:
     model = without_dropout(case.build().train())
