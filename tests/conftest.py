@@ -10,6 +10,11 @@ from collections.abc import Iterator
 import pamm_testing.no_code
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples every time by default; with --everything fresh ones, which find what is new.
+settings.register_profile("same", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.register_profile("fresh", deadline=None, max_examples=50)
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +56,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Tracing makes objects by the million; looking for cycles in a growing heap took a fifth of the
     # time.
     gc.set_threshold(100_000, 50, 100)
+    settings.load_profile("fresh" if config.getoption("everything") else "same")
     # Under xdist the workers share the cores; oversubscription makes matmuls many times slower.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 

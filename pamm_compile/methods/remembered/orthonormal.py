@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# By dtype: of a row that is added to rows of length 1, and of the Gram matrices' trace.
-_FILL = {torch.float64: 1e-9, torch.float32: 1e-4}
+# By dtype: of a row that is added to rows of length 1, and of the Gram matrices' trace. What is
+# added is not far below the root of the shift, so that one pass makes rows of it alone long.
+_FILL = {torch.float64: 1e-6, torch.float32: 1e-3}
 _SHIFT = {torch.float64: 1e-13, torch.float32: 1e-6}
 _SEED = 1
 
@@ -24,7 +25,7 @@ def orthonormal(y: Tensor, *, passes: int, dtype: torch.dtype | None = None) -> 
     Args:
         y: [..., r, n], r at most n; what is not finite counts as nothing.
         passes: 1 leaves rows that nearly depend on one another shorter than 1; 2 makes all
-            orthonormal, and 3 in float32.
+            orthonormal. Float32 takes one more.
         dtype: that is computed in; None for float64 where the device has it.
 
     Returns:
@@ -41,7 +42,7 @@ def orthonormal(y: Tensor, *, passes: int, dtype: torch.dtype | None = None) -> 
     fill = torch.randn(r, n, generator=generator, device=y.device, dtype=wide)
     z = z / torch.where(sizes > 0, sizes, 1.0) + _FILL[wide] / n**0.5 * fill
     identity = torch.eye(r, dtype=wide, device=y.device)
-    for _ in range(passes):
+    for _ in range(passes + (wide is torch.float32)):
         # The trace is the number of rows, or less: all are as long as 1 at most.
         gram = z @ z.mT + _SHIFT[wide] * r * identity
         z = torch.linalg.solve_triangular(torch.linalg.cholesky_ex(gram).L, z, upper=False)

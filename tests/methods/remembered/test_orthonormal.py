@@ -28,15 +28,24 @@ def test_it_spans_what_a_householder_factorisation_spans() -> None:
     assert torch.allclose(q.mT @ q, wanted.mT @ wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize(("dtype", "passes"), [(torch.float64, 2), (torch.float32, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rank", [0, 1, 15])
-def test_rows_that_span_less_are_filled(dtype: torch.dtype, passes: int, rank: int) -> None:
+def test_rows_that_span_less_are_filled(dtype: torch.dtype, rank: int) -> None:
     sizes = torch.zeros(16)
     sizes[:rank] = 1
     y = rows(sizes)
-    q = orthonormal(y, passes=passes, dtype=dtype)
+    q = orthonormal(y, passes=2, dtype=dtype)
     assert torch.allclose(q @ q.mT, identity(q), atol=1e-4)
     assert torch.allclose(y @ q.mT @ q, y, atol=1e-3)
+
+
+@pytest.mark.parametrize(("r", "n", "rank"), [(25, 26, 1), (31, 40, 3), (1, 2, 1), (7, 8, 2)])
+def test_nearly_as_many_rows_as_columns_are_filled(r: int, n: int, rank: int) -> None:
+    for seed in range(50):
+        generator = torch.Generator().manual_seed(seed)
+        left = torch.randn(r, rank, generator=generator)
+        q = orthonormal(left @ torch.randn(rank, n, generator=generator), passes=2)
+        assert torch.allclose(q @ q.mT, identity(q), atol=1e-4), seed
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
