@@ -219,7 +219,8 @@ def _arm(run: Run, exact: Run, task: Task, show: Progress) -> TrialArm:
 
 def _ratios(mine: Sequence[float], exact: Sequence[float], period: int) -> list[float]:
     """Return times by exact ones, of so many steps together where those differ by turns."""
-    count = min(period, len(mine))
+    # Two at least: one alone says nothing of how much they scatter.
+    count = min(period, len(mine) - 1)
     starts = range(len(mine) - count + 1)
     return [sum(mine[s : s + count]) / sum(exact[s : s + count]) for s in starts]
 

@@ -175,6 +175,14 @@ def test_own_loss_optimizer_and_tuples() -> None:
 X = torch.randn(TOKENS, WIDTH)
 
 
+@pytest.mark.parametrize("steps", [4, 11, 12, 13])
+def test_steps_that_differ_by_turns_have_quartiles_of_any_number(steps: int) -> None:
+    backend = arm(rules="linear=gradients:2:every=10")
+    trial = pamm_compile.trial(Model(), [X] * steps, backend=backend, steps=steps, progress=False)
+    time = trial["compressed"].time
+    assert 0 < time.low <= time.median <= time.high
+
+
 def _compiled_inside() -> nn.Module:
     model = Model()
     model.layers.compile()
