@@ -147,8 +147,7 @@ def train(task: Task, arm: Arm, seed: int, rate: float, base: str) -> nn.Module:
     for number in range(steps):
         for group in update.param_groups:
             group["lr"] = training.learning_rate(number, steps, rate) * group.get("scale", 1.0)
-        is_end = min(number, steps - 1 - number) < arm.ends * steps
-        step(task, model, exact if is_end else call, next(data), update)
+        step(task, model, exact if arm.is_exact(number, steps) else call, next(data), update)
     return model
 
 
@@ -268,7 +267,7 @@ def table(task: Task, records: Sequence[Record], least: int = SEEDS) -> list[str
     }
     rows = []
     for name, arm in {**task.arms, **TIMED_ONLY}.items():
-        ratio, saved = _clock(clocks, name, arm)
+        ratio, saved = _clock(clocks, name, arm, task.steps)
         # Recomputing changes no loss.
         of = exact if name in TIMED_ONLY else chosen.get(name)
         if of is None or (name in TIMED_ONLY and ratio is None):
@@ -308,15 +307,21 @@ def _mean(figures: Iterable[float]) -> str:
     return f"{statistics.fmean(figures):.4f}"
 
 
-def _clock(clocks: Sequence[Record], name: str, arm: Arm) -> tuple[float | None, str | None]:
+def _clock(
+    clocks: Sequence[Record], name: str, arm: Arm, steps: int
+) -> tuple[float | None, str | None]:
     # Paired with the exact steps of its own record.
     clock = next((each for each in reversed(clocks) if name in each["times_s"]), None)
     if clock is None:
         return None, None
     mine, exact = clock["times_s"][name], clock["times_s"]["exact"]
-    counted = [clock["saved_bytes"][name], clock.get("held_bytes", {}).get(name, 0)]
+    # The most that any step saves.
+    most = "exact" if arm.is_exact(0, steps) or arm.is_exact(steps - 1, steps) else name
+    counted = [clock["saved_bytes"][most], clock.get("held_bytes", {}).get(name, 0)]
     shown = " + ".join(tables.mebibytes(each) for each in counted if each)
-    return step_ratio(mine, exact, period_of(arm)), shown
+    ratio = step_ratio(mine, exact, period_of(arm))
+    share = statistics.fmean(arm.is_exact(number, steps) for number in range(steps))
+    return share + (1 - share) * ratio, shown
 
 
 def wanted(task: Task, names: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int]]:

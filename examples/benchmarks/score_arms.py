@@ -27,8 +27,14 @@ class Arm(NamedTuple):
     goal: Goal = "speed"
     order: int = 0
     """Another one takes the batches of a seed in another order."""
-    ends: float = 0.0
-    """Share of the steps, first ones and as many last ones, that are exact."""
+    first: float = 0.0
+    """Share of the steps, at the start, that are exact."""
+    last: float = 0.0
+    """Share of the steps, at the end, that are exact."""
+
+    def is_exact(self, number: int, steps: int) -> bool:
+        """Tell whether one of so many steps is exact for being one of the first or last."""
+        return number < self.first * steps or number >= (1 - self.last) * steps
 
 
 EXACT = {

@@ -61,7 +61,9 @@ METHODS = {
 }
 ARMS = {"exact": Arm("exact"), **CONTROLS, **METHODS}
 ENCODER = tried.TASKS["encoder"]
-ENCODER_ARMS = {n: arm for n, arm in ENCODER.arms.items() if arm.rules and not arm.ends}
+ENCODER_ARMS = {
+    n: arm for n, arm in ENCODER.arms.items() if arm.rules and not (arm.first or arm.last)
+}
 """Of which `score.py` and `tried.py` have the losses."""
 
 

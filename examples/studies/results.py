@@ -125,10 +125,11 @@ def _whole(*folders: str) -> list[str]:
         exact = output.measured(model)["compile"]
         for arm, found in output.measured(model).items():
             saved, peak = (found[k] / exact[k] for k in ("saved_bytes", "peak_bytes"))
-            time = quartiles(paired_ratios(found["times_s"], exact["times_s"]))
+            ratios = paired_ratios(found["times_s"], exact["times_s"])
+            time = [str(quartiles(ratios)), f"{statistics.fmean(ratios):.3f}"]
             named = f"{output.NAMES[name]}: {arm}"
-            rows.append([named, f"{saved:.3f}", f"{peak:.3f}", str(time)])
-    return tables.markdown(["by compile", "saved", "peak", "time (quartiles)"], rows)
+            rows.append([named, f"{saved:.3f}", f"{peak:.3f}", *time])
+    return tables.markdown(["by compile", "saved", "peak", "time (quartiles)", "mean"], rows)
 
 
 def _adapters() -> list[str]:

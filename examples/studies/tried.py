@@ -61,8 +61,8 @@ class SomeFeatures(RandomSubspace):
         return torch.nn.functional.one_hot(drawn, n).float()
 
 
-def _ours(label: str, rules: RulesGiven, ends: float = 0.0) -> Arm:
-    return Arm(label, rules, goal="any", ends=ends)
+def _ours(label: str, rules: RulesGiven, **exact: float) -> Arm:
+    return Arm(label, rules, goal="any", **exact)  # type: ignore[arg-type]
 
 
 _EVERYWHERE = {
@@ -73,7 +73,11 @@ _EVERYWHERE = {
     "carried-16": _ours(
         "rank 1/16, T = 5, half carried", "linear=gradients:0.0625:every=5:carry=0.5"
     ),
-    "ends": _ours("gradient subspace, first and last tenth exact", "linear=gradients", 0.1),
+    "ends": _ours(
+        "gradient subspace, first and last tenth exact", "linear=gradients", first=0.1, last=0.1
+    ),
+    "last-tenth": _ours("gradient subspace, last tenth exact", "linear=gradients", last=0.1),
+    "last-fifth": _ours("gradient subspace, last fifth exact", "linear=gradients", last=0.2),
     "attention": _ours("gradient subspace, attention alone", "attention=gradients"),
     "mlp": _ours("gradient subspace, MLPs alone", "mlp=gradients"),
     "random": _ours("random directions, rank 1/8, T = 10", {"linear": RandomSubspace()}),

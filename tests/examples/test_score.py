@@ -66,6 +66,16 @@ def test_time_to_a_score_is_steps_by_time_of_a_step() -> None:
     assert found["exact"][-2] == "1.00"
 
 
+def test_exact_steps_at_an_end_count_as_exact_ones() -> None:
+    arm = Arm("half of it exact", "linear=subspace", first=0.25, last=0.25)
+    setting = Task(**{**vars(TASK), "arms": {**score.EXACT, "mixed": arm}})
+    runs = [*exact_runs(), *(record("mixed", seed, 2.0) for seed in range(3))]
+    times = {"exact": [2.0] * 10, "mixed": [1.0] * 10}
+    clock = {"task": TASK.name, "times_s": times, "saved_bytes": {"exact": 2**21, "mixed": 2**20}}
+    *_, step, mebibytes, mean, _ = score.table(setting, [*runs, clock])[-1].strip("| ").split(" | ")
+    assert (step, mebibytes, mean) == ("0.75", "2.0", "0.75")
+
+
 def test_an_arm_without_three_seeds_is_left_out() -> None:
     runs = [*exact_runs(), *(record("subspace", seed, 2.1) for seed in range(2))]
     assert list(rows(runs)) == [TASK.arms[name].label for name in EXACT]
@@ -103,10 +113,10 @@ def test_the_ends_of_a_run_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(score, "step", lambda _task, _model, call, *_: seen.append(call))
     setting = Task(**{**vars(TASK), "steps": 10})
-    score.train(setting, Arm("half", ends=0.2), 0, 1e-3, "eager")
+    score.train(setting, Arm("half", first=0.1, last=0.2), 0, 1e-3, "eager")
     exact, own = seen[0], seen[4]
     assert exact is not own
-    assert [call is exact for call in seen] == [True, True, *[False] * 6, True, True]
+    assert [call is exact for call in seen] == [True, *[False] * 7, True, True]
 
 
 @pytest.mark.parametrize("method", [tried.RandomSubspace(), tried.SomeFeatures()])
@@ -124,7 +134,8 @@ def test_directions_by_chance_are_orthonormal_and_others_every_time(
 
 @pytest.mark.parametrize("task", tried.TASKS.values(), ids=tried.TASKS)
 def test_the_rules_of_every_arm_are_allowed_and_no_two_alike(task: Task) -> None:
-    rules = [make_rules(arm.rules) for arm in task.arms.values() if arm.rules is not None]
-    known = {tuple(rule.fingerprint for rule in each) for each in rules}
-    # "ends" has those of "gradients".
-    assert len(known) == len(rules) - 1
+    ours = [arm for arm in task.arms.values() if arm.rules is not None]
+    known = {
+        (arm.first, arm.last, *(rule.fingerprint for rule in make_rules(arm.rules))) for arm in ours
+    }
+    assert len(known) == len(ours)
