@@ -117,9 +117,9 @@ def _first_screen() -> list[str]:
     return tables.markdown(["one step", "saved for backward", "peak", "time"], rows)
 
 
-def _whole(*folders: str) -> list[str]:
+def _whole(*folders: str, mean: bool = False) -> list[str]:
     """Return all arms of the models whose linear layers are all approximated."""
-    rows = []
+    rows, width = [], 4 + mean
     records = (_record(f"{folder}/benchmark.json") for folder in folders)
     for name, model in (pair for record in records for pair in record["models"].items()):
         exact = output.measured(model)["compile"]
@@ -128,8 +128,9 @@ def _whole(*folders: str) -> list[str]:
             ratios = paired_ratios(found["times_s"], exact["times_s"])
             time = [str(quartiles(ratios)), f"{statistics.fmean(ratios):.3f}"]
             named = f"{output.NAMES[name]}: {arm}"
-            rows.append([named, f"{saved:.3f}", f"{peak:.3f}", *time])
-    return tables.markdown(["by compile", "saved", "peak", "time (quartiles)", "mean"], rows)
+            rows.append([named, f"{saved:.3f}", f"{peak:.3f}", *time][:width])
+    head = ["by compile", "saved", "peak", "time (quartiles)", "mean"]
+    return tables.markdown(head[:width], rows)
 
 
 def _adapters() -> list[str]:
