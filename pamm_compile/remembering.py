@@ -123,9 +123,12 @@ class _State:
 
     memories: Sequence[Memory]
     every: int
+    warmup: int
     known: list[Known | None] = field(init=False)
     passes: int = 0
-    """Backward passes since the last memory was made."""
+    """Backward passes since the last whole one, and it."""
+    whole: int = 0
+    """Passes that were whole, and whose gradients all arrived."""
     waits: set[int] = field(default_factory=set)
     """Places of which no gradient arrived since the graph was called: others may use them too."""
     collects: bool = False
@@ -141,7 +144,9 @@ class _State:
 
     @property
     def is_due(self) -> bool:
-        return self.passes >= self.every or any(each is None for each in self.known)
+        if self.passes >= self.every or self.whole < self.warmup:
+            return True
+        return any(each is None for each in self.known)
 
     def arrive(self, place: int, grad: Tensor, *, is_last: bool) -> Tensor | None:
         """Take notice of a gradient, and return it restored where the graph lost a part of it.
@@ -159,7 +164,11 @@ class _State:
             return self._restored(place, grad) if is_ours and is_last else None
         self.arrived[place] = grad
         if self.arrived.keys() >= self.places:
-            self.settle()
+            self.whole += 1
+            # Those before the last of the first are not used.
+            if self.whole >= self.warmup:
+                self.settle()
+            self.arrived.clear()
             self.collects, self.passes = False, 1
         return None
 
@@ -211,7 +220,9 @@ class TwoGraphs:
         known: _State | None = self._states.get(key)
         if known is not None:
             return known
-        state = _State(self._memories, min(memory.method.every for memory in self._memories))
+        methods = [memory.method for memory in self._memories]
+        every, warmup = min(m.every for m in methods), max(m.warmup for m in methods)
+        state = _State(self._memories, every, warmup)
         self._states[key] = state
         for place in state.places:
             hook = _hook(weakref.ref(state), weakref.ref(args[place]), place)

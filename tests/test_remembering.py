@@ -103,6 +103,23 @@ def test_every_third_pass_is_whole_and_those_between_are_along_the_last() -> Non
     assert all(site.method.startswith("r = 8, 1 of 3 in 8 bits") for site in used.report.compressed)
 
 
+def test_passes_of_a_warm_up_are_all_whole_and_the_last_of_them_is_remembered() -> None:
+    method = GradientSubspace(8, every=3, warmup=4)
+    model = Block()
+    compiled = torch.compile(model, backend=backend(rules={"linear": method}))
+    whole: list[int] = []
+    for step in range(10):
+        found, exact = gradients(model, compiled, step), gradients(model, model, step)
+        errors = [error(dw, exact[name]) for name, dw in weights(found).items()]
+        if max(errors) < 0.02:
+            whole.append(step)
+            basis = {name: method.remember([dw]) for name, dw in weights(found).items()}
+            continue
+        for name, dw in weights(found).items():
+            assert error(dw, exact[name] @ basis[name].T @ basis[name]) < 1e-4, (step, name)
+    assert whole == [0, 1, 2, 3, 6, 9]
+
+
 def test_the_output_is_exact_in_every_step() -> None:
     model = Block()
     compiled = torch.compile(model, backend=backend())

@@ -304,6 +304,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
     "steps-whole-shown": lambda: _only(_whole("whole-350m", "whole-60m"), SHOWN_STEPS),
+    "steps-8192": lambda: _whole("tokens-8192", mean=True),
     "steps-bf16": lambda: _whole("whole-60m-bf16"),
     "compile-models": lambda: _compilations("compile_time.json"),
     "compile-methods": lambda: _compilations("compile_methods.json"),

@@ -76,10 +76,17 @@ _EVERYWHERE = {
     "ends": _ours(
         "gradient subspace, first and last tenth exact", "linear=gradients", first=0.1, last=0.1
     ),
+    "first-tenth": _ours("gradient subspace, first tenth exact", "linear=gradients", first=0.1),
     "last-tenth": _ours("gradient subspace, last tenth exact", "linear=gradients", last=0.1),
-    "last-fifth": _ours("gradient subspace, last fifth exact", "linear=gradients", last=0.2),
     "attention": _ours("gradient subspace, attention alone", "attention=gradients"),
     "mlp": _ours("gradient subspace, MLPs alone", "mlp=gradients"),
+    "mixed": _ours(
+        "gradient subspace, rank 1/8, MLPs 1/4", "attention=gradients, mlp=gradients:0.25"
+    ),
+    "warm": _ours("gradient subspace, first five passes nearly exact", "linear=gradients:warmup=5"),
+    "warm-mixed": _ours(
+        "the same, MLPs rank 1/4", "attention=gradients:warmup=5, mlp=gradients:0.25:warmup=5"
+    ),
     "random": _ours("random directions, rank 1/8, T = 10", {"linear": RandomSubspace()}),
     "features": _ours("an eighth of the features, T = 10", {"linear": SomeFeatures()}),
     "drawn": _ours("Subspace, rank 1/8 of 1/4 drawn", "linear=subspace:candidates=2"),

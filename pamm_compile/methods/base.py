@@ -89,13 +89,15 @@ class Remembering(Method, Protocol):
                                        stored, memory, [dZ] ── weight_gradients_along ── [dW]
                                        dW_p, lost ── restored ── the gradient that optimizers see
 
-    `store` and `weight_gradients` are those of the first step, of every T-th, and of sites whose
+    `store` and `weight_gradients` are those of the first steps, of every T-th, and of sites whose
     weight gradients nobody can show; a report gives their bytes, which are the most that any step
     keeps. Two graphs are compiled, and a backend calls one or the other.
     """
 
     every: int
     """T, backward passes from one that is remembered to the next."""
+    warmup: int
+    """Backward passes at the start that are all as those that are remembered, at least 1."""
 
     def directions(self, features: int, outputs: Sequence[int]) -> int:
         """Return the rows of the memory, [rows, n]; 0 where nothing is to be remembered."""

@@ -40,7 +40,7 @@ _OPERATORS, _OPERATORS_AN_OUTPUT = 25, 11
 class GradientSubspace:
     """Makes dW along the top directions Q of an earlier dW, and adds what Q left out of that.
 
-    Equivalent to, at the first backward pass and every `every`-th after it,
+    Equivalent to, at the first `warmup` backward passes and every `every`-th after these,
 
         dW = dZ.T @ X                               # X kept in 8 bits
         Q = torch.linalg.svd(dW).Vh[:r]             # of all projections that read X together
@@ -63,6 +63,8 @@ class GradientSubspace:
         every: T, backward passes of a graph from one nearly exact gradient to the next, at least 2.
         carry: share of what Q left out that the passes between add, in [0, 1]. L takes two bytes
             for each entry of the weights; 0 keeps none.
+        warmup: backward passes of a graph, from the first on, that are all nearly exact, at least
+            1. Early gradients say little of later ones.
 
     Raises:
         InvalidOptionError: a value is not allowed.
@@ -74,6 +76,7 @@ class GradientSubspace:
     rank: float = 0.125
     every: int = 10
     carry: float = 0.0
+    warmup: int = 1
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", checked_rank(self.rank))
@@ -81,11 +84,13 @@ class GradientSubspace:
         object.__setattr__(self, "every", checks.integer("every", self.every, 2, hint))
         hint = "0.5 adds half of it."
         object.__setattr__(self, "carry", checks.share("carry", self.carry, hint))
+        hint = "5 makes the first five weight gradients nearly exactly."
+        object.__setattr__(self, "warmup", checks.integer("warmup", self.warmup, 1, hint))
 
     @property
     def fingerprint(self) -> str:
         """Everything that changes what is traced."""
-        return repr((self.rank, self.every, self.carry))
+        return repr((self.rank, self.every, self.carry, self.warmup))
 
     @property
     def _whole(self) -> Quantized:
