@@ -254,6 +254,12 @@ def period(options: Options) -> int:
     return max((each.every for each in methods if isinstance(each, Remembering)), default=1)
 
 
+def warmup(options: Options) -> int:
+    """Return how many steps at the start are all nearly exact; 0 where no method remembers."""
+    methods = (rule.method for rule in options.rules)
+    return max((each.warmup for each in methods if isinstance(each, Remembering)), default=0)
+
+
 def with_memories(
     whole: Compiled,
     gm: GraphModule,

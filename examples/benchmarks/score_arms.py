@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import pamm_compile
 from pamm_compile.methods.base import Method
-from pamm_compile.options import Goal
+from pamm_compile.options import Goal, Options
+from pamm_compile.remembering import period, warmup
 from pamm_compile.rules import Target
 
 RulesGiven = str | Mapping[Target, Method | None] | None
@@ -31,6 +33,21 @@ class Arm(NamedTuple):
     """Share of the steps, at the start, that are exact."""
     last: float = 0.0
     """Share of the steps, at the end, that are exact."""
+
+    @property
+    def options(self) -> Options | None:
+        """Those of the backend; None trains exactly."""
+        return None if self.rules is None else pamm_compile.backend(rules=self.rules).options
+
+    @property
+    def turns(self) -> int:
+        """After how many steps all are alike again."""
+        return 1 if self.options is None else period(self.options)
+
+    @property
+    def early(self) -> int:
+        """How many steps are nearly exact for coming first, beside those of its turns."""
+        return 0 if self.options is None else max(0, warmup(self.options) - 1)
 
     def is_exact(self, number: int, steps: int) -> bool:
         """Tell whether one of so many steps is exact for being one of the first or last."""

@@ -14,6 +14,7 @@ from pamm_compile import Pamm
 from pamm_compile.rules import make_rules, parse_rules
 
 TASK = TASKS["scratch"]
+EXACTLY = Arm("exact")
 EXACT = {"exact": (120, 2.0), "exact-5/6": (100, 2.2), "exact-2/3": (80, 2.6)}
 
 
@@ -42,6 +43,15 @@ def test_each_kind_of_step_counts_by_its_share() -> None:
     mine = [1.2, 0.8, 0.8] * 4
     mine[4] = 9.0
     assert score.step_ratio(mine, exact, 3) == pytest.approx((1.2 + 0.8 + 0.8) / 3)
+
+
+def test_nearly_exact_steps_at_the_start_count_as_those_of_a_turn() -> None:
+    arm = Arm("warm", "linear=gradients:every=4:warmup=5")
+    assert (arm.turns, arm.early) == (4, 4)
+    assert (EXACTLY.turns, EXACTLY.early) == (1, 0)
+    # The steps from the eighth on, of which the ninth is nearly exact.
+    mine = [0.8, 1.2, 0.8, 0.8] * 3
+    assert score.step_ratio(mine, [1.0] * 12, 4, 0.5) == pytest.approx(0.5 * 1.2 + 0.5 * 0.9)
 
 
 def test_rates_are_chosen_by_all_seeds_before_one() -> None:
