@@ -107,7 +107,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_gradients_lie_along_what_is_remembered(mode: str | None) -> None:
     """Also where a captured graph reads memories whose addresses change."""
-    method = GradientSubspace(32, every=3)
+    method = GradientSubspace(32, every=3, warmup=1)
     model = _Layers().cuda()
     backend = pamm_compile.backend(
         rules={"linear": method}, goal="any", min_tokens=1, mode=mode

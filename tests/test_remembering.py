@@ -18,8 +18,8 @@ from pamm_compile import GradientSubspace
 from pamm_compile.private import aot
 from pamm_compile.report import GraphReport, memories
 
-METHOD = GradientSubspace(8, every=3)
-CARRYING = GradientSubspace(8, every=3, carry=0.5)
+METHOD = GradientSubspace(8, every=3, warmup=1)
+CARRYING = GradientSubspace(8, every=3, carry=0.5, warmup=1)
 WIDTH = 32
 
 

@@ -273,7 +273,8 @@ def table(task: Task, records: Sequence[Record], least: int = SEEDS) -> list[str
     }
     rows = []
     for name, arm in {**task.arms, **TIMED_ONLY}.items():
-        ratio, saved = _clock(clocks, name, arm, task.steps)
+        timed = arm.timed_as or name
+        ratio, saved = _clock(clocks, timed, arm, task.steps)
         # Recomputing changes no loss.
         of = exact if name in TIMED_ONLY else chosen.get(name)
         if of is None or (name in TIMED_ONLY and ratio is None):
@@ -320,9 +321,9 @@ def _clock(
     clock = next((each for each in reversed(clocks) if name in each["times_s"]), None)
     if clock is None:
         return None, None
-    mine, exact = clock["times_s"][name], clock["times_s"]["exact"]
     # The most that any step saves.
     most = "exact" if arm.is_exact(0, steps) or arm.is_exact(steps - 1, steps) else name
+    mine, exact = clock["times_s"][name], clock["times_s"]["exact"]
     counted = [clock["saved_bytes"][most], clock.get("held_bytes", {}).get(name, 0)]
     shown = " + ".join(tables.mebibytes(each) for each in counted if each)
     ratio = step_ratio(mine, exact, arm.turns, arm.early / steps)

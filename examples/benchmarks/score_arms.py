@@ -34,6 +34,9 @@ class Arm(NamedTuple):
     last: float = 0.0
     """Share of the steps, at the end, that are exact."""
 
+    timed_as: str = ""
+    """Another arm whose compiled steps are the same."""
+
     @property
     def options(self) -> Options | None:
         """Those of the backend; None trains exactly."""
@@ -60,8 +63,7 @@ EXACT = {
     "exact-2/3": Arm("exact, 2/3 of the steps", share=2 / 3),
 }
 OURS = {
-    "gradients": Arm("gradient subspace, rank 1/8", "linear=gradients"),
-    "carried": Arm("the same, T = 5, half carried", "linear=gradients:every=5:carry=0.5"),
+    "warm": Arm("gradient subspace, rank 1/8", "linear=gradients"),
     "subspace": Arm("Subspace, rank 1/8", "linear=subspace"),
     "subspace-16": Arm("Subspace, rank 1/16", "linear=subspace:0.0625"),
     "eight": Arm("8 bits", "linear=quantized:8", goal="memory"),

@@ -50,8 +50,8 @@ METHODS = {
     for name, label, rules in (
         ("eight", "X in 8 bits", "linear=quantized:8"),
         ("four", "X in 4 bits", "linear=quantized:4"),
-        ("gradients", "gradient subspace, 1/8", "linear=gradients:every=10:carry=0"),
-        ("carried", "the same, T = 5, half carried", "linear=gradients:every=5:carry=0.5"),
+        ("gradients", "gradient subspace, 1/8", "linear=gradients:every=10:carry=0:warmup=1"),
+        ("carried", "the same, T = 5, half carried", "linear=gradients:every=5:carry=0.5:warmup=1"),
         ("subspace", "Subspace, 1/8, 4 bits", "linear=subspace:0.125"),
         ("subspace-8", "Subspace, 1/8, 8 bits", "linear=subspace:0.125:bits=8"),
         ("subspace-4", "Subspace, 1/4, 4 bits", "linear=subspace:0.25"),

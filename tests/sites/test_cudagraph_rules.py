@@ -102,7 +102,7 @@ def test_memories_are_copied_into_a_captured_graph() -> None:
     Of the backward pass every saved tensor is taken to stay where it is; a memory does, since the
     captured forward pass hands on its own copy.
     """
-    seen = _compiled("linear=gradients:8", steps=2)
+    seen = _compiled("linear=gradients:8:warmup=1", steps=2)
     passes = list(zip(seen.graphs, seen.told, strict=True))
     whole, along = [gm for gm, told in passes if not told.get("is_backward")]
     inputs = along.graph.find_nodes(op="placeholder")

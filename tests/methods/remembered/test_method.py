@@ -37,7 +37,7 @@ def test_it_is_a_method_that_remembers() -> None:
         ("linear=gradients:0.25", GradientSubspace(0.25)),
         ("linear=gradients:64:every=5", GradientSubspace(64, every=5)),
         ("linear=gradients:every=5:carry=0.5", GradientSubspace(every=5, carry=0.5)),
-        ("linear=gradients:warmup=5", GradientSubspace(warmup=5)),
+        ("linear=gradients:warmup=1", GradientSubspace(warmup=1)),
     ],
 )
 def test_rules_name_it(text: str, method: GradientSubspace) -> None:

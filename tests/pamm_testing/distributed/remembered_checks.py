@@ -29,7 +29,7 @@ from pamm_testing.distributed.tiny import (
     tokens,
 )
 
-METHOD = GradientSubspace(8, every=3)
+METHOD = GradientSubspace(8, every=3, warmup=1)
 STEPS = 5
 WHOLE = (0, 3)
 """Of the steps, those whose weight gradients are nearly exact."""
