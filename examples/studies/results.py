@@ -16,6 +16,7 @@ all others are in docs/benchmarks/tables.md.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import re
@@ -79,16 +80,16 @@ def _twins() -> list[str]:
     return tables.markdown(["at the same setting", "saved", "peak", "time (quartiles)"], rows)
 
 
-_TRIED = ("carried", "subspace-16")
-"""Arms of the yardstick that a first reader need not choose from."""
-
-
 def _scores(task: str, with_tried: bool, timed_on: str = "") -> list[str]:
     found = tables.records(RECORDS / "score.jsonl")
     found = [r for r in found if "loss" in r or timed_on in r["environment"]["machine"]]
-    shown = [each for each in found if with_tried or each.get("arm") not in _TRIED]
-    tasks = tried.TASKS if with_tried else score.TASKS
-    return score.table(tasks[task], shown, 1 if with_tried else score.SEEDS)
+    setting = (tried.TASKS if with_tried else score.TASKS)[task]
+    if timed_on:
+        timed = {*score.LENGTHS, *(name for r in found for name in r.get("times_s", ()))}
+        setting = dataclasses.replace(
+            setting, arms={n: arm for n, arm in setting.arms.items() if n in timed}
+        )
+    return score.table(setting, found, 1 if with_tried else score.SEEDS)
 
 
 def _compilations(name: str) -> list[str]:
@@ -294,9 +295,7 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "errors": _errors,
     **{f"trial-{name}": functools.partial(_trial, name) for name in ("encoder", "small")},
     "score-encoder": functools.partial(_scores, "encoder", with_tried=False),
-    "score-encoder-epyc": functools.partial(
-        _scores, "encoder", with_tried=False, timed_on="AMD EPYC"
-    ),
+    "score-encoder-xeon": functools.partial(_scores, "encoder", True, timed_on="Intel"),
     "score-scratch": functools.partial(_scores, "scratch", with_tried=False),
     "score-encoder-tried": functools.partial(_scores, "encoder", with_tried=True),
     "score-scratch-tried": functools.partial(_scores, "scratch", with_tried=True),
@@ -304,7 +303,6 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "first-screen-loss": _first_loss,
     "steps-whole": lambda: _whole("whole-350m", "whole-60m", "whole-60m-short"),
     "steps-whole-shown": lambda: _only(_whole("whole-350m", "whole-60m"), SHOWN_STEPS),
-    "steps-8192": lambda: _whole("tokens-8192", mean=True),
     "steps-bf16": lambda: _whole("whole-60m-bf16"),
     "compile-models": lambda: _compilations("compile_time.json"),
     "compile-methods": lambda: _compilations("compile_methods.json"),
