@@ -254,10 +254,10 @@ def period(options: Options) -> int:
     return max((each.every for each in methods if isinstance(each, Remembering)), default=1)
 
 
-def warmup(options: Options) -> int:
-    """Return how many steps at the start are all nearly exact; 0 where no method remembers."""
+def early(options: Options) -> int:
+    """Return how many steps behind the first are nearly exact too, before turns begin."""
     methods = (rule.method for rule in options.rules)
-    return max((each.warmup for each in methods if isinstance(each, Remembering)), default=0)
+    return max((each.warmup - 1 for each in methods if isinstance(each, Remembering)), default=0)
 
 
 def with_memories(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pamm_compile
 from pamm_compile.methods.base import Method
 from pamm_compile.options import Goal, Options
-from pamm_compile.remembering import period, warmup
+from pamm_compile.remembering import early, period
 from pamm_compile.rules import Target
 
 RulesGiven = str | Mapping[Target, Method | None] | None
@@ -50,7 +50,7 @@ class Arm(NamedTuple):
     @property
     def early(self) -> int:
         """How many steps are nearly exact for coming first, beside those of its turns."""
-        return 0 if self.options is None else max(0, warmup(self.options) - 1)
+        return 0 if self.options is None else early(self.options)
 
     def is_exact(self, number: int, steps: int) -> bool:
         """Tell whether one of so many steps is exact for being one of the first or last."""

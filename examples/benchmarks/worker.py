@@ -23,7 +23,7 @@ from examples.benchmarks.arms import Arm
 from examples.benchmarks.models import Case
 from examples.benchmarks.timing import in_turn, seconds
 from pamm_compile.private import inductor
-from pamm_compile.remembering import warmup
+from pamm_compile.remembering import early
 
 PEAKS = 3
 WARMUP = 2
@@ -92,7 +92,7 @@ def cold_compile(case: Case, arm: Arm) -> dict[str, Any]:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
         loss = arms.loss_function(arms.compile_arm(arm, model, case)[0], batch, case)
         # The last but one compiles what the first did not; of an exact arm it is as the last.
-        first, *_, second, last = [_clocks(loss, model) for _ in range(3 + _early(arm))]
+        first, *_, second, last = [_clocks(loss, model) for _ in range(3 + _early(arm, case))]
         wall, cpu_seconds = (f + s - t for f, s, t in zip(first, second, last, strict=True))
         kernels = sum(1 for path in Path(cache).rglob("*") if path.suffix in (".cpp", ".cubin"))
     return {
@@ -103,9 +103,9 @@ def cold_compile(case: Case, arm: Arm) -> dict[str, Any]:
     }
 
 
-def _early(arm: Arm) -> int:
+def _early(arm: Arm, case: Case) -> int:
     """Return how many steps an arm takes with its first graph beside the first step."""
-    return max(0, warmup(pamm_compile.backend(rules=arm.rules).options) - 1) if arm.rules else 0
+    return early(arms.backend_of(arm, case).options) if arm.rules else 0
 
 
 def _clocks(loss: Callable[[], Tensor], model: nn.Module) -> tuple[float, float]:
@@ -183,7 +183,7 @@ def step_times(
         compiled, report = arms.compile_arm(arm, model, case)
         loss = arms.loss_function(compiled, batch, case)
         try:
-            for _ in range(WARMUP + _early(arm)):
+            for _ in range(WARMUP + _early(arm, case)):
                 arms.train_step(loss, model)
         except torch.OutOfMemoryError as error:
             model.zero_grad(set_to_none=True)
