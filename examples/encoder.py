@@ -246,7 +246,7 @@ def main() -> None:
     )
     parser.add_argument("--rules", default="linear=gradients", help="default: linear=gradients")
     parser.add_argument("--goal", choices=("speed", "memory"), default="speed")
-    parser.add_argument("--steps", type=int, default=12, help="of every arm (default: 12)")
+    parser.add_argument("--steps", type=int, default=16, help="of every arm (default: 16)")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="without a suffix")
     args = parser.parse_args()

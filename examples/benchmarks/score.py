@@ -273,8 +273,7 @@ def table(task: Task, records: Sequence[Record], least: int = SEEDS) -> list[str
     }
     rows = []
     for name, arm in {**task.arms, **TIMED_ONLY}.items():
-        timed = arm.timed_as or name
-        ratio, saved = _clock(clocks, timed, arm, task.steps)
+        ratio, saved = _clock(clocks, name, arm, task.steps)
         # Recomputing changes no loss.
         of = exact if name in TIMED_ONLY else chosen.get(name)
         if of is None or (name in TIMED_ONLY and ratio is None):
@@ -318,8 +317,10 @@ def _clock(
     clocks: Sequence[Record], name: str, arm: Arm, steps: int
 ) -> tuple[float | None, str | None]:
     # Paired with the exact steps of its own record.
-    clock = next((each for each in reversed(clocks) if name in each["times_s"]), None)
-    if clock is None:
+    names = (name, arm.timed_as)
+    timed = ((c, n) for n in names for c in reversed(clocks) if n in c["times_s"])
+    clock, name = next(timed, ({}, ""))
+    if not clock:
         return None, None
     # The most that any step saves.
     most = "exact" if arm.is_exact(0, steps) or arm.is_exact(steps - 1, steps) else name

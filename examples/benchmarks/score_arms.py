@@ -63,7 +63,7 @@ EXACT = {
     "exact-2/3": Arm("exact, 2/3 of the steps", share=2 / 3),
 }
 OURS = {
-    "warm": Arm("gradient subspace, rank 1/8", "linear=gradients"),
+    "warm-6": Arm("gradient subspace, rank 1/8", "linear=gradients", timed_as="warm"),
     "subspace": Arm("Subspace, rank 1/8", "linear=subspace"),
     "subspace-16": Arm("Subspace, rank 1/16", "linear=subspace:0.0625"),
     "eight": Arm("8 bits", "linear=quantized:8", goal="memory"),

@@ -70,10 +70,8 @@ _COLD = "gradients:warmup=1"
 """What all arms here are variants of, whose first step alone is nearly exact."""
 _EVERYWHERE = {
     **{
-        f"warm-{count}": Arm(
-            f"warm-up of {count} passes", f"linear=gradients:warmup={count}", timed_as="warm"
-        )
-        for count in (6, 8)
+        name: Arm(f"warm-up of {count}", f"linear=gradients:warmup={count}", timed_as="warm")
+        for name, count in (("warm", 5), ("warm-8", 8))
     },
     "gradients": _ours("gradient subspace, no warm-up", f"linear={_COLD}"),
     "every-5": _ours("no warm-up, T = 5", f"linear={_COLD}:every=5"),

@@ -76,7 +76,7 @@ class GradientSubspace:
     rank: float = 0.125
     every: int = 10
     carry: float = 0.0
-    warmup: int = 5
+    warmup: int = 6
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", checked_rank(self.rank))
@@ -84,7 +84,7 @@ class GradientSubspace:
         object.__setattr__(self, "every", checks.integer("every", self.every, 2, hint))
         hint = "0.5 adds half of it."
         object.__setattr__(self, "carry", checks.share("carry", self.carry, hint))
-        hint = "5 makes the first five weight gradients nearly exactly, 1 the first alone."
+        hint = "6 makes the first six weight gradients nearly exactly, 1 the first alone."
         object.__setattr__(self, "warmup", checks.integer("warmup", self.warmup, 1, hint))
 
     @property
