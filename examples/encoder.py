@@ -244,9 +244,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rules", default="linear=gradients", help="default: linear=gradients")
+    # So few steps leave no time for the usual warm-up of six.
+    rules = "linear=gradients:warmup=1"
+    parser.add_argument("--rules", default=rules, help="default: %(default)s")
     parser.add_argument("--goal", choices=("speed", "memory"), default="speed")
-    parser.add_argument("--steps", type=int, default=16, help="of every arm (default: 16)")
+    parser.add_argument("--steps", type=int, default=12, help="of every arm (default: 12)")
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="without a suffix")
     args = parser.parse_args()

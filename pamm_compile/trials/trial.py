@@ -15,7 +15,7 @@ from pamm_compile.errors import InvalidOptionError
 from pamm_compile.inspect.measure import measure_memory
 from pamm_compile.inspect.undisturbed import undisturbed
 from pamm_compile.private import aot
-from pamm_compile.remembering import period
+from pamm_compile.remembering import early, period
 from pamm_compile.torch_backend import Backend
 from pamm_compile.torch_backend import backend as make_backend
 from pamm_compile.trials.progress import Bar
@@ -204,7 +204,9 @@ def _arm(run: Run, exact: Run, task: Task, show: Progress) -> TrialArm:
     batch = task.there(task.batches[0])
     memory = measure_memory(lambda: task.loss_of(run.compiled, batch), model=run.model, warmup=0)
     turns = period(run.backend.options) if run.backend else 1
-    ratios = _ratios(run.seconds[_COMPILING:], exact.seconds[_COMPILING:], turns)
+    later = _COMPILING + early(run.backend.options) - 1 if run.backend else 0
+    mine, theirs = (_timed(each.seconds, later) for each in (run, exact))
+    ratios = _ratios(mine, theirs, turns)
     return TrialArm(
         name=run.name,
         loss=loss,
@@ -215,6 +217,19 @@ def _arm(run: Run, exact: Run, task: Task, show: Progress) -> TrialArm:
         seconds=tuple(run.seconds),
         report=run.report,
     )
+
+
+def _timed(seconds: Sequence[float], later: int) -> list[float]:
+    """Return the times of steps that compile nothing.
+
+    Args:
+        seconds: of all steps.
+        later: the step that compiles a second graph; one of the first if there is none.
+    """
+    behind = range(_COMPILING, len(seconds))
+    kept = [step for step in behind if step != later]
+    # Of one alone there are no quartiles.
+    return [seconds[step] for step in (kept if len(kept) > 1 else behind)]
 
 
 def _ratios(mine: Sequence[float], exact: Sequence[float], period: int) -> list[float]:

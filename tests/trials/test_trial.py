@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import pamm_compile
 from pamm_compile import InvalidOptionError, MeasurementError, NothingMatchedError, Trial
+from pamm_compile.trials import trial as trials
 from pamm_compile.trials.progress import Bar
 from pamm_compile.trials.training import orders
 
@@ -175,12 +176,28 @@ def test_own_loss_optimizer_and_tuples() -> None:
 X = torch.randn(TOKENS, WIDTH)
 
 
-@pytest.mark.parametrize("steps", [4, 11, 12, 13])
-def test_steps_that_differ_by_turns_have_quartiles_of_any_number(steps: int) -> None:
-    backend = arm(rules="linear=gradients:2:every=10")
+@pytest.mark.parametrize(("steps", "warmup"), [(4, 1), (4, 3), (11, 1), (12, 1), (13, 1), (13, 6)])
+def test_steps_that_differ_by_turns_have_quartiles_of_any_number(steps: int, warmup: int) -> None:
+    backend = arm(rules=f"linear=gradients:2:every=10:warmup={warmup}")
     trial = pamm_compile.trial(Model(), [X] * steps, backend=backend, steps=steps, progress=False)
     time = trial["compressed"].time
     assert 0 < time.low <= time.median <= time.high
+
+
+def test_the_step_that_compiles_a_second_graph_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[list[float]] = []
+    ratios = trials._ratios
+    monkeypatch.setattr(
+        trials, "_ratios", lambda mine, *rest: seen.append(mine) or ratios(mine, *rest)
+    )
+    backend = arm(rules="linear=gradients:2:every=10:warmup=3")
+    trial = pamm_compile.trial(Model(), [X] * 8, backend=backend, steps=8, progress=False)
+    seconds = trial["compressed"].seconds
+    # The fourth takes the graph along directions for the first time.
+    assert seen[-1] == [seconds[2], *seconds[4:]]
+    assert seen[0] == list(trial["exact"].seconds[2:])
 
 
 def _compiled_inside() -> nn.Module:
