@@ -257,7 +257,9 @@ def draw(records: Sequence[Record], path: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--steps", type=cli.positive, nargs="+", default=list(STEPS))
-    parser.add_argument("--arm", nargs="+", choices=tuple(ARMS), default=list(ARMS))
+    parser.add_argument(
+        "--arm", nargs="+", choices=sorted({*ARMS, *ENCODER_ARMS}), help="default: all"
+    )
     parser.add_argument("--seed", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument("--optimizer", choices=tuple(training.OPTIMIZERS), default="adamw")
     parser.add_argument("--threads", type=cli.positive, default=1)
@@ -271,7 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     if args.encoder:
         data = next(encoder.batches(500))
-        found = {"task": "encoder", "errors": measured(encoder.model(), ENCODER_ARMS, *data)}
+        chosen = {n: arm for n, arm in ENCODER_ARMS.items() if n in (args.arm or ENCODER_ARMS)}
+        found = {"task": "encoder", "errors": measured(encoder.model(), chosen, *data)}
         score.append(args.out, {**found, "environment": machine.facts()})
     elif not args.table:
         _run_all(args)
@@ -285,7 +288,7 @@ def _run_all(args: argparse.Namespace) -> None:
     for seed in args.seed:
         for steps in args.steps:
             setting = task(steps, args.optimizer)
-            for name in args.arm:
+            for name in args.arm or ARMS:
                 key = {"task": setting.name, "arm": name, "seed": seed}
                 if not any(key.items() <= each.items() for each in tables.records(args.out)):
                     score.append(args.out, run(setting, name, seed, args.base))

@@ -18,7 +18,12 @@ from torch.fx import GraphModule
 import pamm_compile
 from pamm_compile.private import aot
 
-RECOMMENDED = ("linear=gradients:8:warmup=1", "linear=subspace:8", "linear=quantized:8", "qkv=pamm:4")
+RECOMMENDED = (
+    "linear=gradients:8:warmup=1",
+    "linear=subspace:8",
+    "linear=quantized:8",
+    "qkv=pamm:4",
+)
 """The methods of docs/choosing.md, small."""
 # What a factorisation in a graph may be: these launch kernels, and read nothing back.
 _FACTORISATIONS = {"aten.linalg_cholesky_ex.default", "aten.linalg_solve_triangular.default"}
