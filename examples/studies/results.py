@@ -100,8 +100,9 @@ def _trial(name: str) -> list[str]:
     return result.shown(_record(f"trial-{name}.json")).splitlines()
 
 
-def _errors() -> list[str]:
-    return errors.table(tables.records(RECORDS / "errors.jsonl"))
+def _errors(*, predict: bool) -> list[str]:
+    found, scores = (tables.records(RECORDS / f"{name}.jsonl") for name in ("errors", "score"))
+    return errors.predictors(found, scores) if predict else errors.table(found)
 
 
 def _first_screen() -> list[str]:
@@ -292,7 +293,7 @@ SHOWN_STEPS = tuple(
     )
 )
 TABLES: dict[str, Callable[[], list[str]]] = {
-    "errors": _errors,
+    **{n: functools.partial(_errors, predict=n != "errors") for n in ("errors", "errors-predict")},
     **{f"trial-{name}": functools.partial(_trial, name) for name in ("encoder", "small")},
     "score-encoder": functools.partial(_scores, "encoder", with_tried=False),
     "score-encoder-xeon": functools.partial(_scores, "encoder", True, timed_on="Intel"),
