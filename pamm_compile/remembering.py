@@ -1,7 +1,7 @@
 """Two graphs in place of one, for methods that remember something from step to step.
 
-    backward passes   0        1        …   T − 1    T
-    graph             whole    along    …   along    whole
+    backward passes   0 … w − 1    w        …   w + T − 2    w + T − 1
+    graph             whole        along    …   along        whole
                       ├ dW of every weight ── method.remember ── memory, an input of "along"
                       └ dW, memory ── method.lost ──┐
     gradients         dW               method.restored(dW, lost)
