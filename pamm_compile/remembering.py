@@ -126,7 +126,7 @@ class _State:
     warmup: int
     known: list[Known | None] = field(init=False)
     passes: int = 0
-    """Backward passes since the last whole one, and it."""
+    """Backward passes from the last whole one on, which counts too."""
     whole: int = 0
     """Passes that were whole, and whose gradients all arrived."""
     waits: set[int] = field(default_factory=set)

@@ -119,20 +119,18 @@ def _first_screen() -> list[str]:
     return tables.markdown(["one step", "saved for backward", "peak", "time"], rows)
 
 
-def _whole(*folders: str, mean: bool = False) -> list[str]:
+def _whole(*folders: str) -> list[str]:
     """Return all arms of the models whose linear layers are all approximated."""
-    rows, width = [], 4 + mean
+    rows = []
     records = (_record(f"{folder}/benchmark.json") for folder in folders)
     for name, model in (pair for record in records for pair in record["models"].items()):
         exact = output.measured(model)["compile"]
         for arm, found in output.measured(model).items():
             saved, peak = (found[k] / exact[k] for k in ("saved_bytes", "peak_bytes"))
-            ratios = paired_ratios(found["times_s"], exact["times_s"])
-            time = [str(quartiles(ratios)), f"{statistics.fmean(ratios):.3f}"]
+            time = quartiles(paired_ratios(found["times_s"], exact["times_s"]))
             named = f"{output.NAMES[name]}: {arm}"
-            rows.append([named, f"{saved:.3f}", f"{peak:.3f}", *time][:width])
-    head = ["by compile", "saved", "peak", "time (quartiles)", "mean"]
-    return tables.markdown(head[:width], rows)
+            rows.append([named, f"{saved:.3f}", f"{peak:.3f}", str(time)])
+    return tables.markdown(["by compile", "saved", "peak", "time (quartiles)"], rows)
 
 
 def _adapters() -> list[str]:
