@@ -200,7 +200,7 @@ def float8_table(device: DeviceFigures, methods: Sequence[str]) -> list[str]:
 def joined_table(device: DeviceFigures, ranks: Sequence[float] = RANKS) -> list[str]:
     """Return the lines of a table: Subspace's matmul of dZ and coefficients in 16 bits, and float8.
 
-    In float8 dZ is cast for it, with a scale a column. Coefficients, whose scales dZ takes over,
+    In float8 dZ is cast for it, as `Quantized` casts it. Coefficients, whose scales dZ takes over,
     are taken to be codes as they are stored, so that nothing decodes them.
     """
     rows = []
@@ -218,7 +218,7 @@ def joined_table(device: DeviceFigures, ranks: Sequence[float] = RANKS) -> list[
                 usual += matmul_seconds(product, device.half, device)
                 product = Cost(2 * b * r * m, b * (m + r) + r * m * half.itemsize, 1)
                 float8 += matmul_seconds(product, device.float8, device)
-                casts += predicted_seconds(float8_cast(b * m, half, p), device, half)
+                casts += predicted_seconds(float8_cast(b * m, half, p, reads=1), device, half)
             step = step_seconds(shape, device) / shape.layers
             saved = [f"{100 * (usual - each) / step:+.1f} %" for each in (float8 + casts, float8)]
             times = [f"{seconds * 1e6:.0f}" for seconds in (usual, float8, casts)]

@@ -5,7 +5,7 @@ far the inverse may be off.
 
     Steps     4 or 8 bits, a scale a column and so many rows
     Rows      8 bits, a scale a row
-    Float8    e4m3, a scale a row or a column
+    Float8    e4m3, a scale a row, or given scales
 
 Plain PyTorch, of fixed structure; NaN and Inf come back as something that is not finite. Nothing is
 decoded by operations that also coded it: what both passes compute, the partitioner would save.
@@ -197,25 +197,28 @@ class Rows:
 
 @dataclass(frozen=True)
 class Float8:
-    """float8 e4m3, rounded to nearest, with a float32 scale a row or a column.
+    """float8 e4m3, rounded to nearest, with a float32 scale a row, or scales that are given.
 
     Equivalent to:
 
-        scales = x.abs().amax(dim, keepdim=True) / 448
+        scales = x.abs().amax(1, keepdim=True) / 448
         codes = (x / scales).to(torch.float8_e4m3fn)
-
-    Args:
-        dim: along which a scale is shared: 1 for a scale a row, 0 for a scale a column.
     """
 
-    dim: Literal[0, 1]
-
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return codes, [b, n], and scales, [b, 1] or [1, n]."""
+        """Return codes, [b, n], and scales, [b, 1]."""
         x = x.float()
+        scales = self.scales(x.abs().amax(1, keepdim=True))
+        return self.encode_by(x, scales), scales
+
+    def scales(self, peaks: Tensor) -> Tensor:
+        """Return the scales of what is as large as this at most."""
         # Not of nothing: 0 / 0 would be NaN.
-        scales = (x.abs().amax(self.dim, keepdim=True) / _FLOAT8_MOST).clamp(min=_FLOAT8_LEAST)
-        return (x * (1 / scales)).to(FLOAT8), scales
+        return (peaks / _FLOAT8_MOST).clamp(min=_FLOAT8_LEAST)
+
+    def encode_by(self, x: Tensor, scales: Tensor) -> Tensor:
+        """Return codes, [b, n], with scales that broadcast."""
+        return (x * (1 / scales)).to(FLOAT8)
 
     def decode(self, stored: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         """Return what was coded, [b, n], in a dtype."""
@@ -224,14 +227,14 @@ class Float8:
 
     def nbytes(self, b: int, n: int) -> int:
         """Return the bytes of what `encode` returns."""
-        return b * n + 4 * (b if self.dim == 1 else n)
+        return b * n + 4 * b
 
     def bound(self, x: Tensor) -> Tensor:
         """Return by how much decoded entries may be off at most, rounding in float32 left aside."""
         wide = x.double().abs()
-        scales = (wide.amax(self.dim, keepdim=True) / _FLOAT8_MOST).clamp(min=_FLOAT8_LEAST)
         # Three bits behind the point; below 2⁻⁶ steps of 2⁻⁹.
-        return torch.maximum(wide * 2**-4, scales * 2**-10)
+        least = self.scales(wide.amax(1, keepdim=True)) * 2**-10
+        return torch.maximum(wide * 2**-4, least)
 
 
 def _dither(tokens: int, n: int, phase: Tensor) -> Tensor:

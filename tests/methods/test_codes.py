@@ -25,8 +25,7 @@ FORMATS: list[Format] = [
     *(Steps(8, rows, dithered, growing) for rows, dithered, growing in
       [(256, True, False), (64, False, True), (7, False, False)]),
     Rows(),
-    Float8(0),
-    Float8(1),
+    Float8(),
 ]  # fmt: skip
 
 formats = st.sampled_from(FORMATS)

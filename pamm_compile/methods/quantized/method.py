@@ -4,10 +4,10 @@
     backward:  codes, scales ── X̂ [b, n] ── dW = dZᵀ X̂
 
 If the device multiplies in float8, X is kept transposed, as this matmul reads it, with a scale s
-per token. s is moved to dZ, and each column of dZ gets a scale t:
+per token. s is moved to dZ, and the dZ of a projection gets one scale t:
 
     forward:   X ── s, X8ᵀ = (X / s)ᵀ [n, b]                                      saved
-    backward:  s dZ ── t, dZ8ᵀ = (s dZ / t)ᵀ [m, b] ── dW = t ∘ (dZ8ᵀ X8)
+    backward:  s dZ ── t, dZ8ᵀ = (s dZ / t)ᵀ [m, b] ── dW = t (dZ8ᵀ X8)
 
 A scaled matmul cannot scale what it sums over, which is tokens here. A scale per token is known as
 soon as a norm has made the token, which a scale per column is not. And one token with a massive
@@ -34,7 +34,7 @@ TOKENS_A_SCALE = 64
 
 # Of rows of float8 operands, in elements.
 _MULTIPLE = 16
-_TOKEN, _COLUMN = Float8(1), Float8(0)
+_FLOAT8 = Float8()
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Quantized:
     or, with `float8`, of 8 bits:
 
         s = abs(X).amax(1) / 448
-        t = abs(s[:, None] * dZ).amax(0) / 448
+        t = abs(s[:, None] * dZ).amax() / 448
         X8 = (X / s[:, None]).to(torch.float8_e4m3fn)
         dZ8 = (s[:, None] * dZ / t).to(torch.float8_e4m3fn)
-        dW = t[:, None] * (dZ8.T @ X8)
+        dW = t * (dZ8.T @ X8)
 
     Args:
         bits: of an entry, 8 or 4.
         float8: whether a scaled matmul multiplies X and dZ in float8 e4m3. A GPU can do this twice
             as fast as in 16 bits; the error is several times larger. None does so on CUDA devices
             of capability 8.9 or more, True also on CPUs. Inputs in float64, and inputs whose
-            features are no multiple of 16, are decoded instead.
+            features vary, are decoded instead.
 
     Raises:
         InvalidOptionError: a value is not allowed.
@@ -94,12 +94,15 @@ class Quantized:
     def store(self, x: Tensor, seed: Tensor, outputs: Sequence[int]) -> tuple[Tensor, ...]:
         """Return codes [b, n] and scales; in float8 codes [n, b] and scales [b, 1].
 
-        With 4 bits two columns share a byte. In float8 b is rounded up to a multiple of 16.
+        With 4 bits two columns share a byte. In float8 b and n are rounded up to multiples of 16;
+        where n was none, a third tensor is [0, n].
         """
         if not self._multiplies_in_float8(x.shape[1], x.dtype, x.device):
             return self._steps.encode(x)
-        codes, scales = _TOKEN.encode(_padded(x))
-        return codes.T.contiguous(), scales[: x.shape[0]]
+        codes, scales = _FLOAT8.encode(_padded(x, features=True))
+        stored = codes.T.contiguous(), scales[: x.shape[0]]
+        # Of no bytes: it says how many features there are where codes have more.
+        return stored if codes.shape[1] == x.shape[1] else (*stored, x.new_empty(0, x.shape[1]))
 
     def weight_gradients(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
@@ -116,14 +119,19 @@ class Quantized:
     def _in_float8(
         self, stored: Sequence[Tensor], grads: Sequence[Tensor], transposed: Sequence[bool]
     ) -> list[Tensor]:
-        codes, scales = stored
-        left, rows = [], []
-        for grad in grads:
-            of_grad, scale = _COLUMN.encode(_padded(grad.float() * scales))
-            left.append(of_grad.T.contiguous())
-            rows.append(scale.reshape(-1, 1))
+        codes, scales = stored[:2]
+        scaled = [_padded(grad.float() * scales) for grad in grads]
+        # Of rows first: the kernel that makes a row of dZ finds its peak on the way.
+        peaks = torch.stack([each.abs().amax(1) for each in scaled]).amax(1)
+        each_scale = _FLOAT8.scales(peaks)
+        left = [
+            _FLOAT8.encode_by(each, each_scale[number]).T.contiguous()
+            for number, each in enumerate(scaled)
+        ]
+        rows = each_scale[_numbers([grad.shape[1] for grad in grads], codes.device)][:, None]
         ones = torch.ones(1, codes.shape[0], device=codes.device)
-        product = scaled_matmul(torch.cat(left), codes.T, torch.cat(rows), ones)
+        product = scaled_matmul(torch.cat(left), codes.T, rows, ones)
+        product = product[:, : stored[2].shape[1]] if len(stored) > 2 else product
         parts = product.split([grad.shape[1] for grad in grads])
         return [
             (part.T if flip else part).to(grad.dtype)
@@ -131,12 +139,12 @@ class Quantized:
         ]
 
     def _multiplies_in_float8(
-        self, features: int, dtype: torch.dtype, device: torch.device
+        self, features: int | torch.SymInt, dtype: torch.dtype, device: torch.device
     ) -> bool:
         if self.bits == 4 or self.float8 is False or dtype == torch.float64:
             return False
-        # A number of features that varies is no multiple for certain.
-        if not isinstance(features, int) or features % _MULTIPLE:
+        # By how much one that varies is to be padded is not known.
+        if not isinstance(features, int):
             return False
         asked = self.float8 is True and device.type == "cpu"
         return asked or has_scaled_matmul(device)
@@ -144,8 +152,8 @@ class Quantized:
     def stored_bytes(self, size: Size) -> int:
         """Return the bytes of codes and scales."""
         if self._multiplies_in_float8(size.features, size.dtype, torch.device(size.device)):
-            tokens = -(-size.tokens // _MULTIPLE) * _MULTIPLE
-            return _TOKEN.nbytes(tokens, size.features) - 4 * (tokens - size.tokens)
+            tokens, features = _whole(size.tokens), _whole(size.features)
+            return _FLOAT8.nbytes(tokens, features) - 4 * (tokens - size.tokens)
         return self._steps.nbytes(size.tokens, size.features)
 
     def cost(self, size: Size) -> Cost:
@@ -165,12 +173,12 @@ class Quantized:
         As Inductor generates them, see tests/pamm_testing/triton/casts.py.
         """
         b, n, m, item = size.tokens, size.features, sum(size.outputs), size.dtype.itemsize
-        # The norm or activation that makes X writes its codes. Of dZ scales are known when all
-        # tokens are read: parts of columns, columns of each projection, codes, then all scales.
-        apart = 2 * item + 1
+        # The norm or activation that makes X writes its codes, and what makes dZ finds the peaks of
+        # its rows. The largest of these is known when all rows are: so dZ is read once more.
         # On a CPU, which only shows the error, X is read for its scales and codes as well.
-        of_x = apart if size.device == "cpu" else 1
-        return Cost(4 * b * (n + m), b * n * of_x + b * m * apart, len(size.outputs) + 4)
+        of_x = 2 * item + 1 if size.device == "cpu" else 1
+        # Peaks in two steps, codes of all projections, scales of rows and of columns.
+        return Cost(4 * b * (n + m), b * n * of_x + b * m * (item + 1), 5)
 
     def _float8_matmul(self, size: Size) -> Cost:
         b, n, m = size.tokens, size.features, sum(size.outputs)
@@ -183,7 +191,7 @@ class Quantized:
     def predicted_seconds(self, size: Size, device: DeviceFigures) -> float:
         """Return a model's time of casts and matmuls of one site, forward and backward."""
         usable = self.bits == 8 and self.float8 is not False and size.dtype != torch.float64
-        if not (usable and device.float8 and size.features % _MULTIPLE == 0):
+        if not (usable and device.float8):
             coding = predicted_seconds(self._codings(size), device, size.dtype)
             return coding + matmul_seconds(exact_cost(size), device.flops(size.dtype), device)
         casts = predicted_seconds(self._float8_casts(size), device, size.dtype)
@@ -197,10 +205,22 @@ class Quantized:
         return f"{self.bits} bits"
 
 
-def _padded(x: Tensor) -> Tensor:
-    """Return so many more tokens of zeros that they are a multiple of 16."""
-    tokens = x.shape[0]
-    whole = (tokens + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
-    if isinstance(tokens, int) and tokens == whole:
+def _numbers(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return 0 so many times, then 1 so many times, and so on."""
+    index = torch.arange(sum(counts), device=device)
+    ends = [sum(counts[: number + 1]) for number in range(len(counts) - 1)]
+    return sum((index >= end).long() for end in ends) + torch.zeros_like(index)
+
+
+def _whole(count: int) -> int:
+    """Return a count rounded up to a multiple of 16."""
+    return (count + _MULTIPLE - 1) // _MULTIPLE * _MULTIPLE
+
+
+def _padded(x: Tensor, *, features: bool = False) -> Tensor:
+    """Return so many more tokens, and features, of zeros that they are multiples of 16."""
+    b, n = x.shape
+    more = (_whole(n) - n if features else 0), _whole(b) - b
+    if all(isinstance(each, int) and not each for each in more):
         return x
-    return functional.pad(x, (0, 0, 0, whole - tokens))
+    return functional.pad(x, (0, more[0], 0, more[1]))

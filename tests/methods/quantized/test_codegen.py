@@ -32,6 +32,8 @@ def test_weight_gradients_of_a_block_are_scaled_matmuls(blocks: list[casts.Gener
     # Sites of q, k, v, of gate, up, and of down: three matmuls in place of six.
     assert counts[0] == [0, 3, 0, 0]
     assert [counts[1][0], counts[1][1] + 6] == counts[1][2:]
+    # At most: peaks in two steps, codes, scales of rows and of columns, and the product, a site.
+    assert len(ours[1]) <= len(exact[1]) - 6 + 3 * 6
     operands = re.findall(
         r"_scaled_mm\((\w+), reinterpret_tensor\(\w+, \(\d+, (\d+)\), \((\d+), (\d+)\)",
         blocks[0].wrappers["backward"],

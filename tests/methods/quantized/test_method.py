@@ -114,7 +114,7 @@ def test_it_is_as_far_off_as_the_plain_reference(bits: Any) -> None:
     assert error(found, x) == pytest.approx(error(reference(bits, x), x), rel=0.01)
 
 
-@given(seeds, tokens_, st.sampled_from([16, 48]), floats)
+@given(seeds, tokens_, st.sampled_from([16, 41, 48]), floats)
 @settings(max_examples=40)
 def test_in_float8_it_is_the_plain_reference(seed: int, b: int, n: int, dtype: torch.dtype) -> None:
     x, dz = activations(seed, b, n).to(dtype), normal(seed + 3, b, 6, dtype=dtype)
@@ -125,10 +125,10 @@ def test_in_float8_it_is_the_plain_reference(seed: int, b: int, n: int, dtype: t
         return
     s = x.float().abs().amax(1) / 448
     scaled = s[:, None] * dz.float()
-    t = scaled.abs().amax(0) / 448
+    t = scaled.abs().amax() / 448
     codes = (x.float() * (1 / s)[:, None]).to(torch.float8_e4m3fn).double()
     of_grad = (scaled * (1 / t)).to(torch.float8_e4m3fn).double()
-    assert error(found, t[:, None].double() * (of_grad.T @ codes)) < 5e-3
+    assert error(found, t.double() * (of_grad.T @ codes)) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -275,7 +275,7 @@ def test_a_gpu_gains_time_where_it_multiplies_in_float8(features: int) -> None:
     assert site_seconds(Quantized(4), size, hopper) > exact
     assert site_seconds(Quantized(), size, ampere) > exact_seconds(size, ampere)
     odd = replace(size, features=features + 1)
-    assert site_seconds(Quantized(), odd, hopper) > exact_seconds(odd, hopper)
+    assert site_seconds(Quantized(), odd, hopper) < exact_seconds(odd, hopper)
 
 
 def test_a_gpu_without_float8_is_not_taken_for_one_that_has_it(
