@@ -182,7 +182,18 @@ def table(records: Sequence[Record]) -> list[str]:
         found = [g for name in CONTROLS for g in gaps(records, task(steps).name, name)]
         shown = f"{min(found):+.3f} to {max(found):+.3f}" if found else "-"
         row += ["0", shown, f"± {noise(records, task(steps).name):.3f}"]
-    return tables.markdown(head, [*rows, row])
+    return [*tables.markdown(head, [*rows, row]), *_of_other_optimizers(records)]
+
+
+def _of_other_optimizers(records: Sequence[Record]) -> list[str]:
+    """Return the lines of a table of runs with another optimizer than AdamW; none without runs."""
+    rows = []
+    others = [kind for kind in training.OPTIMIZERS if kind != "adamw"]
+    for setting in (task(steps, kind).name for kind in others for steps in STEPS):
+        for name, arm in METHODS.items():
+            if found := gaps(records, setting, name):
+                rows.append([setting, arm.label, ", ".join(f"{gap:+.3f}" for gap in found)])
+    return ["", *tables.markdown(["setting", "arm", "loss above exact"], rows)] if rows else []
 
 
 def encoder_gaps(scores: Sequence[Record]) -> dict[str, float]:

@@ -37,6 +37,14 @@ def test_a_gap_within_the_noise_is_called_none() -> None:
     assert by_arm["exact, other orders of the batches"][1] == "+0.030 to +0.030"
 
 
+def test_other_optimizers_have_a_table_of_their_own() -> None:
+    task = errors.task(300, "muon").name
+    losses = {"exact": 2.0, "four": 2.25}
+    muon = [{**record(arm, 0, loss), "task": task} for arm, loss in losses.items()]
+    assert errors.table([*runs(), *muon])[-1] == f"| {task} | X in 4 bits | +0.250 |"
+    assert errors.table(runs())[-1].startswith("| exact, other orders")
+
+
 def test_noise_is_that_of_a_mean_of_three_seeds() -> None:
     assert errors.noise(runs(), SETTING) == pytest.approx(0.03 / math.sqrt(3))
 
