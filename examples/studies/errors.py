@@ -40,8 +40,10 @@ from examples.benchmarks.score import SEEDS, Arm, Record, Task
 from examples.studies import tried
 
 STEPS = (300, 1000)
-RATE = 2e-3
-_WIDTH, _LAYERS, _HEADS, _WINDOWS, _BYTES = 128, 2, 4, 8, 256
+RATES = {128: 2e-3, 512: 1e-3}
+"""By width."""
+_WIDTH, _LAYERS, _WINDOWS, _BYTES = 128, 2, 8, 256
+_HEADS = {128: 4, 512: 8}
 _DRAWS = 4
 
 CONTROLS = {f"order {n}": Arm(f"exact, order {n}", order=n) for n in (1, 2, 3)}
@@ -67,9 +69,9 @@ ENCODER_ARMS = {
 """Of which `score.py` and `tried.py` have the losses."""
 
 
-def _llama() -> nn.Module:
-    inner = models.study_inner(_WIDTH)
-    return models.build(models.Shape("llama", _WIDTH, _LAYERS, _HEADS, inner, 256, _BYTES))
+def _llama(width: int) -> nn.Module:
+    inner, heads = models.study_inner(width), _HEADS[width]
+    return models.build(models.Shape("llama", width, _LAYERS, heads, inner, 256, _BYTES))
 
 
 def _batches(seed: int, *, held_out: bool = False) -> Iterator[training.Batch]:
@@ -83,14 +85,15 @@ def _validation(model: nn.Module) -> dict[str, float]:
     return {"loss": training.validate(lambda batch: model(**batch).loss, model, data, 32)}
 
 
-def task(steps: int, optimizer: str = "adamw") -> Task:
+def task(steps: int, optimizer: str = "adamw", width: int = _WIDTH) -> Task:
     """Return the setting of runs of so many steps."""
+    name = f"{steps} steps" if optimizer == "adamw" else f"{steps} steps, {optimizer}"
     return Task(
-        f"{steps} steps" if optimizer == "adamw" else f"{steps} steps, {optimizer}",
+        name if width == _WIDTH else f"{name}, width {width}",
         steps,
-        (RATE,),
+        (RATES[width],),
         ARMS,
-        _llama,
+        functools.partial(_llama, width),
         _batches,
         lambda call, batch: call(**batch).loss,
         _validation,
@@ -116,8 +119,8 @@ def measured(
 
 
 def run(setting: Task, name: str, seed: int, base: str) -> Record:
-    """Train one arm; an exact one also gives the errors of all methods."""
-    if name == "exact":
+    """Train one arm; an exact one of the least width also gives the errors of all methods."""
+    if name == "exact" and setting.rates == (RATES[_WIDTH],):
         setting = dataclasses.replace(
             setting,
             score=lambda model: {
@@ -125,7 +128,7 @@ def run(setting: Task, name: str, seed: int, base: str) -> Record:
                 "errors": measured(model, METHODS, **next(_batches(seed + 500))),
             },
         )
-    return score.run(setting, name, seed, RATE, base)
+    return score.run(setting, name, seed, setting.rates[0], base)
 
 
 def gaps(records: Sequence[Record], setting: str, name: str) -> list[float]:
@@ -182,14 +185,14 @@ def table(records: Sequence[Record]) -> list[str]:
         found = [g for name in CONTROLS for g in gaps(records, task(steps).name, name)]
         shown = f"{min(found):+.3f} to {max(found):+.3f}" if found else "-"
         row += ["0", shown, f"± {noise(records, task(steps).name):.3f}"]
-    return [*tables.markdown(head, [*rows, row]), *_of_other_optimizers(records)]
+    return [*tables.markdown(head, [*rows, row]), *_of_others(records)]
 
 
-def _of_other_optimizers(records: Sequence[Record]) -> list[str]:
-    """Return the lines of a table of runs with another optimizer than AdamW; none without runs."""
+def _of_others(records: Sequence[Record]) -> list[str]:
+    """Return the lines of a table of other widths and optimizers; none without runs."""
     rows = []
-    others = [kind for kind in training.OPTIMIZERS if kind != "adamw"]
-    for setting in (task(steps, kind).name for kind in others for steps in STEPS):
+    known = {task(steps).name for steps in STEPS}
+    for setting in sorted({each["task"] for each in records if "arm" in each} - known):
         for name, arm in METHODS.items():
             if found := gaps(records, setting, name):
                 rows.append([setting, arm.label, ", ".join(f"{gap:+.3f}" for gap in found)])
@@ -273,6 +276,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--seed", type=int, nargs="+", default=list(range(SEEDS)))
     parser.add_argument("--optimizer", choices=tuple(training.OPTIMIZERS), default="adamw")
+    parser.add_argument("--width", type=int, choices=RATES, default=_WIDTH)
     parser.add_argument("--threads", type=cli.positive, default=1)
     parser.add_argument("--base", choices=("inductor", "aot_eager"), default="inductor")
     parser.add_argument("--table", action="store_true", help="print the tables, draw the picture")
@@ -298,7 +302,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run_all(args: argparse.Namespace) -> None:
     for seed in args.seed:
         for steps in args.steps:
-            setting = task(steps, args.optimizer)
+            setting = task(steps, args.optimizer, args.width)
             for name in args.arm or ARMS:
                 key = {"task": setting.name, "arm": name, "seed": seed}
                 if not any(key.items() <= each.items() for each in tables.records(args.out)):

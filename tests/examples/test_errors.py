@@ -37,11 +37,12 @@ def test_a_gap_within_the_noise_is_called_none() -> None:
     assert by_arm["exact, other orders of the batches"][1] == "+0.030 to +0.030"
 
 
-def test_other_optimizers_have_a_table_of_their_own() -> None:
-    task = errors.task(300, "muon").name
+@pytest.mark.parametrize("other", [("muon",), ("adamw", 512)])
+def test_other_settings_have_a_table_of_their_own(other: tuple[Any, ...]) -> None:
+    task = errors.task(300, *other).name
     losses = {"exact": 2.0, "four": 2.25}
-    muon = [{**record(arm, 0, loss), "task": task} for arm, loss in losses.items()]
-    assert errors.table([*runs(), *muon])[-1] == f"| {task} | X in 4 bits | +0.250 |"
+    others = [{**record(arm, 0, loss), "task": task} for arm, loss in losses.items()]
+    assert errors.table([*runs(), *others])[-1] == f"| {task} | X in 4 bits | +0.250 |"
     assert errors.table(runs())[-1].startswith("| exact, other orders")
 
 
