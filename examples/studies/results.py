@@ -131,8 +131,8 @@ def _whole(*folders: str, in_all: bool = False) -> list[str]:
             named = f"{output.NAMES[name]}: {arm}"
             together = f"{sum(found['times_s']) / sum(exact['times_s']):.3f}"
             rows.append([named, f"{saved:.3f}", f"{peak:.3f}", str(time), *[together] * in_all])
-    head = ["by compile", "saved", "peak", "time (quartiles)", *["all rounds together"] * in_all]
-    return tables.markdown(head, rows)
+    last = ["all rounds together"] * in_all
+    return tables.markdown(["by compile", "saved", "peak", "time (quartiles)", *last], rows)
 
 
 def _adapters() -> list[str]:

@@ -205,18 +205,19 @@ def test_bytes_are_a_half_and_a_quarter_of_those_in_16_bits(
     assert method.stored_bytes(size) <= share * size.bytes
 
 
+@pytest.mark.parametrize("features", [48, 41])
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_one_graph_serves_any_number_of_tokens(method: Quantized) -> None:
+def test_one_graph_serves_any_number_of_tokens(method: Quantized, features: int) -> None:
     torch._dynamo.reset()
-    model = torch.nn.Linear(48, 12, bias=False)
+    model = torch.nn.Linear(features, 12, bias=False)
     backend = pamm_compile.backend(rules={"linear": method}, base="aot_eager", goal="any")
     compiled = torch.compile(model, backend=backend)
-    first = activations(0, 300, 48)
+    first = activations(0, 300, features)
     torch._dynamo.mark_dynamic(first, 0)
     compiled(first).sum().backward()
     with torch.compiler.set_stance("fail_on_recompile"):
         for b in (300, 257, 512):
-            x = activations(b, b, 48)
+            x = activations(b, b, features)
             model.zero_grad()
             out = compiled(x)
             out.square().sum().backward()
